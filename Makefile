@@ -1,0 +1,61 @@
+# Each target makes .venv if it is missing. PYTHON=python3.12 make setup picks another interpreter.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -c constraints.txt
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: setup demo test test-full lint format docs bench clean help
+
+help:
+	@echo "make setup      .venv with the tested versions, the core, the plugins, and the haar example plugin as a wheel"
+	@echo "make demo       train a tiny Wan2.2 on a real clip and look at it (some minutes)"
+	@echo "make test       the tests; make test-full runs the slow ones too"
+	@echo "make lint       ruff, mypy, import-linter"
+	@echo "make bench      our training step against a plain loop"
+	@echo "make docs       the documentation as HTML in site/"
+
+setup: $(VENV)/.setup
+
+$(VENV)/.setup: constraints.txt pyproject.toml registry/pyproject.toml mm_plugins/wan22/pyproject.toml $(shell find examples/plugins/mmzoo-plugin-haar -name '*.py' -o -name pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: MM Zoo needs Python 3.11 or newer; say which: make setup PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e ./registry -e . -e ./mm_plugins/wan22
+	rm -rf $(VENV)/wheels && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(VENV)/wheels ./examples/plugins/mmzoo-plugin-haar
+	$(PIP) --no-deps --force-reinstall $(VENV)/wheels/*.whl
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.setup requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/.setup
+	$(BIN)/python examples/tiny/wan22-t2v/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.setup
+	$(BIN)/python benchmarks/train_step.py
+
+docs: $(VENV)/.dev
+	$(PIP) mkdocs-material==9.8.1
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) build site *.egg-info

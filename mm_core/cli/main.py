@@ -1,0 +1,84 @@
+"""The command `mm`: finds the subcommand, and turns errors into messages and exit codes.
+
+Exit codes: 0; 2 for a mistake of the user's (the message says where and how to mend it); 1 for a failure; 143 after SIGTERM.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+
+from mm_registry.errors import UserError
+from mm_registry.suggestions import closest
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "list": ("mm_core.cli.list", "every id that installed packages offer, with distribution, version and origin"),
+    "check": ("mm_core.cli.check", "read and check the files of a job (or one file); nothing is built"),
+    "train": ("mm_core.cli.train", "train a model from model.json, data.json, tools.json, fsdp2.yaml and flags"),
+    "generate": ("mm_core.cli.generate", "write videos for prompts, from a run, a checkpoint or a folder of weights"),
+}
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: mm COMMAND [OPTIONS]", "", "Train and run multimodal models that come as pip packages.", "", "commands:", *lines, "",
+         "`mm COMMAND --help` lists a command's options; `mm --version` prints the version."]
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line (without the program's name) and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_help() + "\n")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from mm_core import __version__
+
+        sys.stdout.write(f"mm (mmzoo-core) {__version__}\n")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            near = closest(argv[0], COMMANDS)
+            mend = f"did you mean `mm {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}."
+            raise UserError(f"mm: there is no command {argv[0]!r}; {mend}")
+        module = importlib.import_module(COMMANDS[argv[0]][0])
+        code: int = module.run(argv[1:])
+        return code
+    except UserError as error:
+        _report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("mm: interrupted\n")
+        return 130
+    except BrokenPipeError:  # the reader of our output (`| head`) went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception:
+        # The last stop of a failure: print it whole, and let no process group keep the other ranks waiting.
+        traceback.print_exc()
+        return 1
+
+
+def _report(error: UserError) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    prefix = "error" if rank == 0 else f"error (rank {rank})"
+    sys.stderr.write(f"{prefix}: {error}\n")
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "torch.distributed" in sys.modules:
+        # A rank that fails must not wait in destructors for peers that still stand in a collective.
+        import torch.distributed as dist
+
+        if code and dist.is_available() and dist.is_initialized():
+            os._exit(code)
+    raise SystemExit(code)

@@ -1,0 +1,148 @@
+"""Checks between sections and files of a job. Cheap: nothing is opened but a `config.json` beside weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mm_core.config.component import WITH_WEIGHTS, ComponentConfig
+from mm_core.config.document import Document, closest_path
+from mm_core.config.findings import Finding, Level, show
+from mm_core.config.flags import TrainFlags
+from mm_core.config.fsdp2 import Fsdp2Config
+from mm_core.config.origin import KeyPath, dotted
+from mm_core.config.section import SectionModel
+from mm_core.config.tools import ToolsConfig
+
+_MAX_HF_CONFIG_BYTES = 4 * 1024 * 1024
+
+
+def missing_path(document: Document, path: KeyPath, value: str, what: str, level: Level = "error") -> Finding:
+    """Return the finding for a path in a file that names nothing."""
+    text = f"{dotted(path)} is {show(value)}: there is no such {what}"
+    if not Path(value).expanduser().is_absolute():
+        text += " (seen from the working directory)"
+    return Finding.at(
+        document.origin(path), level, "missing-path", text, path=path, suggestion=closest_path(value)
+    )
+
+
+def check_folders(
+    components: Iterable[ComponentConfig], document: Document, level: Level = "error"
+) -> Iterator[Finding]:
+    """Every `from_pretrained` of a component must be a folder."""
+    for component in components:
+        folder = component.from_pretrained
+        path = (*component.path, "from_pretrained")
+        if folder is not None and not Path(folder).expanduser().is_dir():
+            yield missing_path(document, path, folder, "folder", level)
+
+
+def check_weights(
+    components: Mapping[str, ComponentConfig], document: Document, *, load: str | None, level: Level = "error"
+) -> Iterator[Finding]:
+    """Nothing starts from random weights unless its section says `init: random`.
+
+    An autoencoder and a text encoder need `from_pretrained` or `init: random`; a predictor is also content with `--load`.
+    A component whose config class says `has_weights = False` needs none.
+    """
+    for name, component in components.items():
+        if component.role not in WITH_WEIGHTS or component.from_pretrained or component.init == "random":
+            continue
+        if isinstance(component.config, SectionModel) and not component.config.has_weights:
+            continue
+        predictor = component.role == "predictor"
+        if predictor and load is not None and name == "predictor":
+            continue
+        sources = '--load, "from_pretrained"' if predictor else '"from_pretrained" (a folder)'
+        origin = document.key_origin(component.path)
+        yield Finding.at(
+            origin,
+            level if predictor else "error",
+            "no-weights",
+            f"{component.label} has no weights",
+            path=component.path,
+            suggestion=f'Give {sources}, or "init": "random" to start from random ones',
+        )
+
+
+def check_channels(components: Mapping[str, ComponentConfig], document: Document) -> Iterator[Finding]:
+    """What one component puts out must be what the next takes in, as far as their sections or config.json files say."""
+    predictor, ae = components.get("predictor"), components.get("ae")
+    encoders = [component for name, component in components.items() if name.split(".")[0] == "text_encoder"]
+    if predictor is None:
+        return
+    if ae is not None:
+        latent = _number(ae, "z_dim", "latent_channels")
+        produced = predictor.fields.get("out_dim")
+        if latent is not None and isinstance(produced, int) and produced != latent:
+            path = (*predictor.path, "out_dim")
+            text = f"out_dim is {produced}, but {ae.label} has {latent} latent channels"
+            yield Finding.at(
+                document.origin(path), "error", "channels", text, path=path, suggestion=f"Write {latent}"
+            )
+    if len(encoders) == 1:
+        width = _number(encoders[0], "d_model", "hidden_size")
+        taken = predictor.fields.get("text_dim")
+        if width is not None and isinstance(taken, int) and taken != width:
+            path = (*predictor.path, "text_dim")
+            text = f"text_dim is {taken}, but {encoders[0].label} has embeddings of {width}"
+            yield Finding.at(
+                document.origin(path), "error", "channels", text, path=path, suggestion=f"Write {width}"
+            )
+
+
+def _number(component: ComponentConfig, *names: str) -> int | None:
+    """Return a size that the section states (itself or in `config`), or the config.json of its pretrained folder."""
+    nested = component.fields.get("config")
+    sources: list[Mapping[str, Any]] = [component.fields]
+    if isinstance(nested, Mapping):
+        sources.append(nested)
+    if component.init == "pretrained" and component.from_pretrained:
+        sources.append(_hf_config(Path(component.from_pretrained).expanduser()))
+    for source in sources:
+        for name in names:
+            value = source.get(name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def _hf_config(folder: Path) -> Mapping[str, Any]:
+    file = folder / "config.json"
+    try:
+        if file.stat().st_size > _MAX_HF_CONFIG_BYTES:
+            return {}
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # the loader opens it again and says what is wrong with it
+    return data if isinstance(data, dict) else {}
+
+
+def check_ranks(
+    flags: TrainFlags, fsdp2: Fsdp2Config, document: Document, tools: ToolsConfig, ranks: int
+) -> Iterator[Finding]:
+    """The numbers of ranks, samples and shards must divide each other."""
+    batch = flags.check_batch(ranks)
+    if batch is not None and "global_batch_size" in flags.model_fields_set:
+        yield batch
+    size = fsdp2.shard_group_size(ranks)
+    if ranks % size:
+        text = f"sharding_size is {size}, which does not divide the {ranks} rank{'s' if ranks > 1 else ''} of the job"
+        mend = 'Write "auto" for all ranks, or a divisor'
+        path: KeyPath = ("sharding_size",)
+        yield Finding.at(document.origin(path), "error", "ranks", text, path=path, suggestion=mend)
+    wanted = tools.profile.ranks
+    if tools.profile.enable and -1 not in wanted and min(wanted) >= ranks:
+        text = f"profile.ranks is {show(wanted)}, but the job has ranks 0 to {ranks - 1}: nothing would be profiled"
+        yield Finding("error", "ranks", text, flags.mm_tool, path="profile.ranks")
+
+
+def check_load(flags: TrainFlags) -> Iterator[Finding]:
+    """`--load` must exist."""
+    if flags.load is not None and not Path(flags.load).expanduser().exists():
+        yield flags.finding(
+            "load", "missing-path", f"{show(flags.load)}: there is no such folder", closest_path(flags.load)
+        )

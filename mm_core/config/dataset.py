@@ -1,0 +1,204 @@
+"""`dataset_param` with `dataset_type: t2v`: videos with captions."""
+
+from typing import Annotated, Any, Literal, Self, TypeAlias
+
+from pydantic import Field, model_validator
+
+from mm_core.config.keys import NoEffect, Only
+from mm_core.config.section import SectionModel, invalid
+from mm_core.config.tokenizer import TokenizerConfig
+from mm_core.config.transforms import TransformConfig
+
+PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
+_READERS = "PyAV reads every video"
+_FIRST_FRAME = "only image-to-video training looks at the first frame"
+_SPLICING = "images are not spliced into videos"
+
+
+class BasicParameters(SectionModel):
+    """Where the samples are."""
+
+    data_path: Annotated[
+        str,
+        Field(
+            min_length=1,
+            description="A text file with a line `folder,annotation.json` for each part, or an annotation file (.json, .jsonl).",
+        ),
+    ]
+    data_folder: Annotated[
+        str | None,
+        Only(None, reason="name the folder in the data list, a line `folder,annotation.json` (combine)"),
+    ] = None
+    data_storage_mode: Annotated[
+        Literal["standard", "combine", "sorafeatured", "vace"] | None,
+        Only(None, "standard", "combine", reason="stored features and VACE conditions cannot be read yet"),
+        Field(
+            description="combine: data_path is a data list. standard: it is an annotation file. Default: by its ending."
+        ),
+    ] = None
+    return_type: Annotated[str | None, NoEffect("samples are always dicts of tensors")] = None
+    reserved_keys: Annotated[list[str] | None, NoEffect("other keys of the annotations are not used")] = None
+    use_multiprocess: Annotated[bool, NoEffect("annotations are read once", quiet_for=(False,))] = False
+
+    @model_validator(mode="after")
+    def _mode(self) -> Self:
+        annotations = self.data_path.lower().endswith((".json", ".jsonl"))
+        if self.data_storage_mode == "standard" and not annotations:
+            raise invalid(
+                "data_path", "an annotation file ends in .json or .jsonl; for a data list use combine"
+            )
+        if self.data_storage_mode == "combine" and annotations:
+            raise invalid("data_path", "combine needs a text file with lines `folder,annotation.json`")
+        return self
+
+
+class TrainPipeline(SectionModel):
+    """`train_pipeline`: the transforms of a clip, in order."""
+
+    video: Annotated[list[TransformConfig], Field(min_length=1)]
+    first_frame_vae: Annotated[list[dict[str, Any]] | None, NoEffect(_FIRST_FRAME)] = None
+    first_frame_clip: Annotated[list[dict[str, Any]] | None, NoEffect(_FIRST_FRAME)] = None
+
+
+class PreprocessParameters(SectionModel):
+    """How a video becomes a clip `[3, num_frames, height, width]` in [-1, 1].
+
+    With `force_resolution` every clip is `max_height` × `max_width`. Without, a clip keeps its own aspect ratio within
+    `hw_aspect_thr`, has at most `max_hxw` pixels, and sides that are multiples of `hw_stride`.
+    """
+
+    video_processor_type: Annotated[
+        str,
+        Only(
+            "OpensoraplanVideoProcessor",
+            reason="other processors belong to models that are not available yet",
+        ),
+    ] = "OpensoraplanVideoProcessor"
+    video_reader_type: Annotated[
+        Literal["DecordVideo", "TorchvisionVideo", "AvVideo"], NoEffect(_READERS, quiet_for=("AvVideo",))
+    ] = "AvVideo"
+    image_reader_type: Annotated[str | None, NoEffect("only videos are read", quiet_for=("Image", None))] = (
+        None
+    )
+    image_processer_type: Annotated[str | None, NoEffect("only videos are read")] = None
+    use_aesthetic: Annotated[bool, Only(False, reason="captions are not extended by aesthetic scores")] = (
+        False
+    )
+
+    num_frames: Annotated[int, Field(ge=1, description="Frames of a clip.")] = 16
+    min_num_frames: Annotated[
+        int, Field(ge=1, description="Videos with fewer frames (after sampling) are left out.")
+    ] = 29
+    frame_interval: Annotated[int, Field(ge=1, description="Take every n-th frame.")] = 1
+    train_fps: Annotated[float, Field(gt=0, description="Frames a second of a clip, with auto_interval.")] = (
+        24
+    )
+    auto_interval: Annotated[
+        bool,
+        Field(description="Take frames so that a clip runs at train_fps, whatever the video's own rate is."),
+    ] = True
+    speed_factor: Annotated[float, Field(gt=0, description="Play videos this much faster.")] = 1.0
+    drop_short_ratio: Annotated[
+        float, Field(ge=0, le=1, description="Share of videos shorter than num_frames that is left out.")
+    ] = 1.0
+    max_height: Annotated[int, Field(ge=1, description="Pixels.")] = 480
+    max_width: Annotated[int, Field(ge=1, description="Pixels.")] = 640
+    force_resolution: Annotated[bool, Field(description="Every clip is max_height × max_width.")] = True
+    max_hxw: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Largest area in pixels without force_resolution; default: max_height × max_width.",
+        ),
+    ] = None
+    min_hxw: Annotated[
+        int | None, Field(ge=1, description="Smallest area in pixels; default: a quarter of max_hxw.")
+    ] = None
+    hw_stride: Annotated[
+        int, Field(ge=1, description="Sides are multiples of this, when force_resolution is false.")
+    ] = 32
+    hw_aspect_thr: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Factor by which a video's ratio may differ from the wanted one (from 1 without force_resolution); 0: 1.5.",
+        ),
+    ] = 1.5
+    truncate_t_by_sp: Annotated[bool, NoEffect("sequences are not split over ranks", quiet_for=(False,))] = (
+        False
+    )
+    vae_scale_factor: Annotated[
+        tuple[PositiveInt, PositiveInt, PositiveInt],
+        Field(
+            description="Of the autoencoder, in time, height, width: clips shorter than num_frames are cut to 1 + n × time."
+        ),
+    ] = (4, 8, 8)
+    train_sp_batch_size: Annotated[int, NoEffect("sequences are not split over ranks", quiet_for=(1,))] = 1
+    seed: Annotated[int | None, NoEffect("the command line decides: --seed")] = None
+    cfg: Annotated[
+        float,
+        Field(ge=0, le=1, description="Probability of an empty caption, for classifier-free guidance."),
+    ] = 0.1
+    train_pipeline: Annotated[
+        TrainPipeline | None,
+        Field(description="Transforms; default: resize, to [-1, 1], crop to the centre."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _frames(self) -> Self:
+        if self.min_hxw is not None and self.max_hxw is not None and self.min_hxw > self.max_hxw:
+            raise invalid("min_hxw", f"must be at most max_hxw ({self.max_hxw})")
+        return self
+
+
+class TextMethod(SectionModel):
+    """One step of `text_preprocess_methods`."""
+
+    method: Annotated[
+        Literal["basic_clean", "whitespace_clean", "lower"],
+        Field(
+            description="basic_clean: mend encodings and HTML entities; whitespace_clean: single spaces; lower: lower case."
+        ),
+    ]
+    param: Annotated[dict[str, Any] | None, Only(None, {}, reason="the method takes no parameters")] = None
+
+
+class T2VDatasetConfig(SectionModel):
+    """Videos with captions. An annotation is a JSON list of objects with at least `path` and `cap` (a text or several)."""
+
+    dataset_type: str = "t2v"
+    basic_parameters: BasicParameters
+    preprocess_parameters: PreprocessParameters = Field(default_factory=PreprocessParameters)
+    use_text_processer: Annotated[
+        bool, Only(True, reason="a model that is trained on captions needs their tokens")
+    ] = True
+    enable_text_preprocessing: Annotated[bool, Field(description="Apply text_preprocess_methods.")] = True
+    text_preprocess_methods: Annotated[
+        list[TextMethod] | TextMethod, Field(description="How captions are cleaned, in order.")
+    ] = []
+    use_clean_caption: Annotated[
+        bool, Only(False, reason="it rewrites captions by rules for web text; clean the annotations instead")
+    ] = False
+    support_chinese: Annotated[bool, NoEffect("no characters are taken out of captions")] = False
+    tokenizer_config: TokenizerConfig
+    vid_img_fusion_by_splicing: Annotated[bool, Only(False, reason=_SPLICING)] = False
+    use_img_num: Annotated[int, Only(0, reason=_SPLICING)] = 0
+    use_img_from_vid: Annotated[bool, NoEffect(_SPLICING)] = False
+    max_bad_samples: Annotated[
+        Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)],
+        Field(
+            description="How many samples may be unreadable, each reported and replaced, before the job stops: a number, or a share "
+            "of the set (0.01: one in a hundred, at least one)."
+        ),
+    ] = 0.01
+    clip_cache_bytes: Annotated[
+        int,
+        Field(ge=0, description="Host memory for decoded clips of one rank; small sets are decoded once."),
+    ] = 256 * 2**20
+
+    def text_methods(self) -> tuple[str, ...]:
+        """Return the names of the cleaning steps that are applied, in order."""
+        if not self.enable_text_preprocessing:
+            return ()
+        methods = self.text_preprocess_methods
+        return tuple(step.method for step in ([methods] if isinstance(methods, TextMethod) else methods))

@@ -1,0 +1,99 @@
+"""`fsdp2.yaml`: how the trained model is sharded.
+
+Where MindSpeed-MM's documentation and code disagree about a default, the choice stands in the field's description.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mm_core.config.dtypes import DType
+from mm_core.config.keys import NoEffect, Only
+from mm_core.config.section import SectionModel
+
+Pattern = Annotated[str, Field(min_length=1, max_length=500)]
+_EXPERTS = "expert parallelism is not available yet"
+
+
+class Fsdp2Config(SectionModel):
+    """FSDP2 settings. A list of patterns that is given replaces the registered sharding policy's; `[]` means none.
+
+    A pattern is a dotted module path that starts at the model (`predictor.blocks.{*}`); `{*}` is every index, `{0-3,7}` are some.
+    """
+
+    sharding_size: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["auto"] | None,
+        Field(
+            description="Ranks that share one copy of the parameters; must divide the number of ranks. 1 replicates. "
+            "`auto`, null and leaving it out mean all ranks (MindSpeed-MM reads null as 1, which shards nothing)."
+        ),
+    ] = "auto"
+    sub_modules_to_wrap: Annotated[
+        tuple[Pattern, ...] | None, Field(description="Modules that become FSDP units, in forward order.")
+    ] = None
+    reshard_after_forward: Annotated[
+        bool | Annotated[int, Field(ge=2)],
+        Field(
+            description="true frees gathered parameters after the forward pass (ZeRO-3), false keeps them for the backward "
+            "pass (ZeRO-2), a number keeps them sharded over that many ranks."
+        ),
+    ] = True
+    param_dtype: Annotated[
+        DType | None,
+        Field(description="Format of compute; None is the parameters' own. Master weights are fp32."),
+    ] = None
+    reduce_dtype: Annotated[
+        DType | None, Field(description="Format of the gradients' reduction; None is param_dtype.")
+    ] = None
+    output_dtype: Annotated[
+        DType | None, Field(description="Format to which the root's outputs are cast; None: no cast.")
+    ] = None
+    cast_forward_inputs: Annotated[bool, Field(description="Cast the forward's inputs to param_dtype.")] = (
+        True
+    )
+    offload_to_cpu: Annotated[
+        bool, Field(description="Keep sharded parameters, gradients and optimizer states in host memory.")
+    ] = False
+    pin_memory: Annotated[
+        bool,
+        Field(
+            description="Page-locked memory, for offload_to_cpu only. Off as documented (MindSpeed-MM's code: on)."
+        ),
+    ] = False
+    num_to_forward_prefetch: Annotated[
+        int, Field(ge=0, description="Units that are gathered ahead in the forward pass.")
+    ] = 0
+    num_to_backward_prefetch: Annotated[
+        int,
+        Field(
+            ge=0,
+            description="Units that are gathered ahead in the backward pass; 0 leaves it to FSDP2, which gathers one ahead. 0 as in "
+            "MindSpeed-MM's code (its documentation: 1).",
+        ),
+    ] = 0
+    ignored_modules: Annotated[
+        tuple[Pattern, ...] | None, Field(description="Modules that stay whole on each rank.")
+    ] = None
+    recompute_modules: Annotated[
+        tuple[Pattern, ...] | None,
+        Field(description="Modules whose activations are computed again in backward."),
+    ] = None
+    use_reentrant: Annotated[
+        bool,
+        Field(
+            description="The older form of recomputation. Off (MindSpeed-MM: on): the newer one gives the same gradients, and "
+            "right ones where the older fails."
+        ),
+    ] = False
+    align_fsdp_param_groups: Annotated[
+        bool, Only(False, reason="aligned parameter groups are not available yet")
+    ] = False
+    expert_parallel_size: Annotated[int, Only(1, reason=_EXPERTS)] = 1
+    reshard_local_experts: Annotated[bool, NoEffect("there are no experts to shard", quiet_for=(True,))] = (
+        True
+    )
+    moe_modules: Annotated[tuple[Pattern, ...] | None, Only(None, (), reason=_EXPERTS)] = None
+
+    def shard_group_size(self, world_size: int) -> int:
+        """Return how many ranks share one copy of the parameters, out of `world_size` data-parallel ranks."""
+        return self.sharding_size if isinstance(self.sharding_size, int) else world_size

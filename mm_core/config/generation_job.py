@@ -1,0 +1,266 @@
+"""A generation job: from an inference file and overrides to checked components."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_core.config import cross_checks as cross
+from mm_core.config.assemble import Assembly, used_plugins
+from mm_core.config.component import WITH_WEIGHTS, ComponentConfig
+from mm_core.config.document import Document, closest_path
+from mm_core.config.findings import ConfigError, Finding, Level, has_errors, show, sort_findings
+from mm_core.config.inference import InferenceConfig
+from mm_core.config.kinds import Kind, read_kind
+from mm_core.config.model import COMPONENT_SECTIONS
+from mm_core.config.origin import KeyPath, Origin, dotted
+from mm_core.config.parts import Part, config_class, find_parts
+from mm_core.config.prompts import read_prompts
+from mm_core.config.resolved import component_values, origins_of, place, plain
+from mm_core.config.section import check_section
+from mm_core.config.tokenizer import TokenizerConfig
+from mm_registry import PluginManager, RegistryError, default_manager
+
+if TYPE_CHECKING:
+    from mm_core.config.overwrite import Overwrite
+    from mm_registry.hooks import ActiveHooks
+
+#: Keys of the top level that belong to the pipeline as much as those of pipeline_config.
+PIPELINE_KEYS = ("boundary_ratio", "negative_prompt", "use_prompt_preprocess")
+_PIPELINE: KeyPath = ("pipeline_config",)
+
+
+@dataclass(frozen=True)
+class GenerationJob:
+    """A generation job without an error.
+
+    Attributes:
+        model: the top level of the file, overrides applied.
+        components: `pipeline`, `predictor`, `low_noise_predictor` (if there is a second expert), `ae`, `text_encoder` (or
+            `text_encoder.0`, …), `diffusion`. The pipeline's fields are pipeline_config and the keys in `PIPELINE_KEYS` that its
+            config class declares.
+        prompts: one for each video to make.
+        tokenizer: settings of the tokenizer.
+        load: run or checkpoint with the predictor's weights, or None.
+        findings, plugins, hooks, overwrites: as in a training job.
+        document: the file as read, with overrides and patches.
+    """
+
+    model: InferenceConfig
+    components: Mapping[str, ComponentConfig]
+    prompts: tuple[str, ...]
+    tokenizer: TokenizerConfig
+    load: str | None
+    findings: tuple[Finding, ...]
+    plugins: tuple[tuple[str, str], ...]
+    hooks: ActiveHooks
+    overwrites: tuple[Overwrite, ...]
+    document: Document = field(repr=False)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the whole configuration, JSON-able: every value, where it was written, and what hooks changed."""
+        values = plain(self.model)
+        for component in self.components.values():
+            if component.role == "pipeline":
+                settings = component_values(component)
+                settings.pop("model_id")
+                values["pipeline_config"] = settings
+            else:
+                place(values, component.path, component_values(component))
+        return {
+            "values": values,
+            "origins": origins_of("model", values, self.document),
+            "overwrites": [overwrite.to_dict() for overwrite in self.overwrites],
+            "plugins": [{"distribution": name, "version": version} for name, version in self.plugins],
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+
+@dataclass
+class _Draft:
+    document: Document
+    model: InferenceConfig | None = None
+    components: dict[str, ComponentConfig] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
+
+
+def load_generation_job(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, *, manager: PluginManager | None = None
+) -> GenerationJob:
+    """Read, resolve, check and merge an inference file. Imports no torch.
+
+    Args:
+        overrides: dotted path -> value from the command line, such as `{"prompt": "a cat", "pipeline_config.seed": 1}`. They
+            replace what the file says; None values are left out. `load` is a run or checkpoint with the predictor's weights.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    assembly = Assembly(manager or default_manager())
+    document = read_kind(str(path), Kind.INFERENCE)
+    draft = _draft(_override(document, overrides or {}), assembly, to_run=True)
+    findings = sort_findings(assembly.findings)
+    if has_errors(findings):
+        raise ConfigError(findings)
+    assert draft.model is not None
+    return GenerationJob(
+        draft.model,
+        draft.components,
+        draft.prompts,
+        draft.model.tokenizer,
+        draft.model.load,
+        findings,
+        used_plugins(draft.components.values(), assembly.hooks),
+        assembly.hooks,
+        tuple(assembly.overwrites),
+        draft.document,
+    )
+
+
+def check_generation_file(document: Document, *, manager: PluginManager | None = None) -> tuple[Finding, ...]:
+    """Return the findings of an inference file that is looked at by itself: missing paths are notes."""
+    assembly = Assembly(manager or default_manager())
+    _draft(document, assembly, to_run=False)
+    return sort_findings(assembly.findings)
+
+
+def _override(document: Document, overrides: Mapping[str, Any]) -> Document:
+    findings = []
+    for key, value in overrides.items():
+        if value is None:
+            continue
+        path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+        flag = "--" + key.replace("_", "-")
+        try:
+            document = document.replaced(path, value, Origin("flag", detail=flag))
+        except (KeyError, TypeError, IndexError):
+            text = f"the file has no object {dotted(path[:-1])}, so nothing can be set in it"
+            findings.append(Finding("error", "unknown-key", text, path=flag))
+    if findings:
+        raise ConfigError(findings)
+    return document
+
+
+def _draft(document: Document, assembly: Assembly, *, to_run: bool) -> _Draft:
+    checked = check_section(InferenceConfig, document, label=document.path or "the inference file")
+    assembly.findings += checked.findings
+    copied = isinstance(document.data.get("low_noise_predictor"), str)
+    document, sections = _with_second_expert(document)
+    parts, findings = find_parts(document, sections)
+    assembly.findings += findings
+    pipeline = document.data.get("pipeline_class")
+    if isinstance(pipeline, str) and pipeline:
+        parts.insert(0, Part("pipeline", "pipeline", _PIPELINE, ("pipeline_class",), pipeline))
+    parts = assembly.resolve_all(parts, document)
+    draft = _Draft(document, checked.section)
+    assembly.activate(parts, checked.section.plugins if checked.section else [], document)
+    merged = _with_pipeline_keys(document, parts, assembly)
+    if isinstance(merged.data.get("pipeline_config"), Mapping):
+        merged, draft.components = assembly.build(parts, merged)
+    if copied:  # what holds for the first expert's section was said there
+        assembly.findings = [f for f in assembly.findings if not f.path.startswith("low_noise_predictor.")]
+    draft.document = merged
+    if draft.model is not None:
+        draft.model = draft.model.model_copy(update={name: merged.data[name] for name in COMPONENT_SECTIONS})
+        draft.components = _with_dtype(draft.components, draft.model.dtype)
+    assembly.findings += _cross_checks(draft, to_run=to_run)
+    if draft.model is not None and draft.model.prompt is not None:
+        draft.prompts, found = read_prompts(draft.model.prompt, document)
+        assembly.findings += found if to_run else [_as_note(finding) for finding in found]
+    elif draft.model is not None and to_run:
+        text = "there is no prompt"
+        assembly.findings.append(
+            Finding("error", "no-prompt", text, document.path, path="prompt", suggestion='Add --prompt "…"')
+        )
+    return draft
+
+
+def _with_second_expert(document: Document) -> tuple[Document, list[tuple[str, str]]]:
+    """Make a section of `low_noise_predictor` when it is a folder: the predictor's, with its weights from there."""
+    sections = [(name, name) for name in COMPONENT_SECTIONS]
+    second = document.data.get("low_noise_predictor")
+    if second is None:
+        return document, sections
+    predictor = document.data.get("predictor")
+    if isinstance(second, str) and isinstance(predictor, Mapping):
+        path: KeyPath = ("low_noise_predictor",)
+        origin = document.origin(path)
+        section = {key: value for key, value in predictor.items() if key != "init"}
+        document = document.replaced(path, {**section, "from_pretrained": second}, origin)
+    return document, [*sections, ("low_noise_predictor", "predictor")]
+
+
+def _with_pipeline_keys(document: Document, parts: Iterable[Part], assembly: Assembly) -> Document:
+    """Put the pipeline's keys of the top level beside those of pipeline_config, if the pipeline declares them."""
+    part = next((part for part in parts if part.role == "pipeline"), None)
+    if part is None:
+        return document
+    settings = document.data.get("pipeline_config")
+    if settings is None and "pipeline_config" not in document.data:
+        document = document.replaced(_PIPELINE, {}, document.origin(()))
+    elif not isinstance(settings, Mapping):
+        return document
+    try:
+        cls = config_class(part, assembly.manager)
+    except RegistryError:
+        return document  # said when the section is checked
+    for key in PIPELINE_KEYS:
+        path = (*_PIPELINE, key)
+        if key in document.data and cls is not None and key in cls.model_fields and not document.has(path):
+            value = document.data[key]
+            if value is not None:
+                document = document.replaced(path, value, document.origin((key,)))
+    return document
+
+
+def _with_dtype(components: Mapping[str, ComponentConfig], dtype: str | None) -> dict[str, ComponentConfig]:
+    """Give components with weights the file's dtype where their section says none."""
+    return {
+        name: replace(component, dtype=component.dtype or dtype)
+        if component.role in WITH_WEIGHTS
+        else component
+        for name, component in components.items()
+    }
+
+
+def _cross_checks(draft: _Draft, *, to_run: bool) -> list[Finding]:
+    level: Level = "error" if to_run else "note"
+    document, model = draft.document, draft.model
+    findings = list(cross.check_folders(draft.components.values(), document, level))
+    load = model.load if model is not None else None
+    findings += cross.check_weights(draft.components, document, load=load, level=level)
+    findings += cross.check_channels(draft.components, document)
+    if model is None:
+        return findings
+    folder = model.tokenizer.from_pretrained
+    if not Path(folder).expanduser().is_dir():
+        findings.append(
+            cross.missing_path(document, ("tokenizer", "from_pretrained"), folder, "folder", level)
+        )
+    if load is not None and not Path(load).expanduser().exists():
+        text = f"{show(load)}: there is no such folder"
+        findings.append(
+            Finding.at(
+                document.origin(("load",)),
+                level,
+                "missing-path",
+                text,
+                path=("load",),
+                suggestion=closest_path(load),
+            )
+        )
+    if (model.boundary_ratio is None) != (model.low_noise_predictor is None):
+        given, wanted = ("low_noise_predictor", "boundary_ratio")
+        if model.boundary_ratio is not None:
+            given, wanted = wanted, given
+        text = f'"{given}" is given without "{wanted}": two experts need both'
+        findings.append(
+            Finding.at(document.key_origin((given,)), "error", "missing-key", text, path=(given,))
+        )
+    return findings
+
+
+def _as_note(finding: Finding) -> Finding:
+    return replace(finding, level="note")

@@ -1,0 +1,87 @@
+"""`inference_model.json`: what `mm generate` reads."""
+
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import Field
+
+from mm_core.config.dtypes import DType
+from mm_core.config.keys import NoEffect, Only
+from mm_core.config.patch import PatchConfig
+from mm_core.config.section import SectionModel
+from mm_core.config.tokenizer import TokenizerConfig
+
+_CONDITION = "text-to-video has no use for it; image and video conditions are not available yet"
+_Condition: TypeAlias = Annotated[Any, Only(None, reason=_CONDITION)]
+
+
+class InferenceConfig(SectionModel):
+    """The top level of an inference file. Component sections are checked by their own config classes, as in training."""
+
+    pipeline_class: Annotated[str, Field(min_length=1, description="Id of the sampling pipeline.")]
+    prompt: Annotated[
+        str | Annotated[list[str], Field(min_length=1)] | None,
+        Field(description="A text, a list of texts, or the path of a .txt file with one prompt a line."),
+    ] = None
+    negative_prompt: Annotated[
+        str | None, Field(description="What guidance moves away from; None: the pipeline's default.")
+    ] = None
+    save_path: Annotated[str, Field(min_length=1, description="Folder of the videos.")] = "generated"
+    fps: Annotated[int, Field(ge=1, description="Frames a second of the video.")] = 16
+    frame_interval: Annotated[
+        int, Field(ge=1, description="Every n-th frame was trained on: fps is divided by it.")
+    ] = 1
+    num_inference_videos_per_sample: Annotated[int, Field(ge=1, description="Videos for each prompt.")] = 1
+    use_prompt_preprocess: Annotated[bool, Field(description="Clean prompts as captions are cleaned.")] = (
+        False
+    )
+    dtype: Annotated[
+        DType | None, Field(description="Number format of components whose section says none.")
+    ] = None
+    device: Annotated[
+        str, NoEffect("the accelerator at hand is used, and the CPU without one", quiet_for=("auto",))
+    ] = "auto"
+    pipeline_config: Annotated[
+        dict[str, Any], Field(description="Settings of the pipeline, checked by its own config class.")
+    ] = {}
+    boundary_ratio: Annotated[
+        float | None,
+        Field(
+            gt=0.0, lt=1.0, description="Share of the timesteps from which the high-noise expert denoises."
+        ),
+    ] = None
+    load: Annotated[
+        str | None, Field(min_length=1, description="Run or checkpoint with the predictor's weights.")
+    ] = None
+    predictor: dict[str, Any]
+    low_noise_predictor: Annotated[
+        str | dict[str, Any] | None,
+        Field(description="Second expert: its folder of weights, or a section like predictor's."),
+    ] = None
+    ae: dict[str, Any]
+    text_encoder: dict[str, Any] | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    tokenizer: TokenizerConfig
+    diffusion: dict[str, Any]
+    plugins: Annotated[
+        list[str],
+        Field(description="Distributions whose hooks take part though no component of theirs is used."),
+    ] = []
+    task: Annotated[str, Only("t2v", reason="text-to-video is the only kind of generation yet")] = "t2v"
+    patch: PatchConfig = Field(default_factory=PatchConfig)
+
+    image: _Condition = None
+    video: _Condition = None
+    start_frame: _Condition = None
+    num_frames: Annotated[
+        Any, Only(None, reason="the number of frames is the first of pipeline_config.input_size")
+    ] = None
+    strength: _Condition = None
+    dual_image: _Condition = None
+    conditional_pixel_values_path: _Condition = None
+    mask_type: _Condition = None
+    crop_for_hw: _Condition = None
+    max_hxw: _Condition = None
+
+    @property
+    def save_fps(self) -> int:
+        """Frames a second of the written video."""
+        return max(1, self.fps // self.frame_interval)

@@ -1,0 +1,283 @@
+"""A training job: from flags and files to checked components (read, resolve, check, overwrite, check again)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel
+
+from mm_core.config import cross_checks as cross
+from mm_core.config.assemble import Assembly, used_plugins
+from mm_core.config.component import ComponentConfig
+from mm_core.config.data import DataConfig
+from mm_core.config.dataset import T2VDatasetConfig
+from mm_core.config.document import Document
+from mm_core.config.findings import ConfigError, Finding, has_errors, show, sort_findings
+from mm_core.config.flag_table import LaunchFlags
+from mm_core.config.flags import TrainFlags, flag_name, required_flags, world_size
+from mm_core.config.fsdp2 import Fsdp2Config
+from mm_core.config.kinds import Kind, read_kind
+from mm_core.config.model import COMPONENT_SECTIONS, ModelConfig
+from mm_core.config.origin import KeyPath
+from mm_core.config.parts import Part, find_part, find_parts
+from mm_core.config.resolved import component_values, origins_of, place, plain
+from mm_core.config.section import check_section
+from mm_core.config.tools import ToolsConfig
+from mm_registry import PluginManager, default_manager
+
+if TYPE_CHECKING:
+    from mm_core.config.overwrite import Overwrite
+    from mm_registry.hooks import ActiveHooks
+
+M = TypeVar("M", bound=BaseModel)
+_EMPTY = Document.from_data({})
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A training job without an error.
+
+    Attributes:
+        model, data, tools, fsdp2: the files, validated; sections as hooks left them.
+        flags: with the default global batch filled in.
+        components: `diffusion`, `predictor`, `ae`, `text_encoder` (or `text_encoder.0`, …), `dataset`, `task`.
+        findings: notes and warnings.
+        plugins: (distribution, version) of everything in use.
+        hooks: activated hooks of those.
+        overwrites: what hooks changed.
+        documents: the files as read and patched: `model`, `data`, `tools`, `fsdp2`.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    tools: ToolsConfig
+    fsdp2: Fsdp2Config
+    flags: TrainFlags
+    components: Mapping[str, ComponentConfig]
+    findings: tuple[Finding, ...]
+    plugins: tuple[tuple[str, str], ...]
+    hooks: ActiveHooks
+    overwrites: tuple[Overwrite, ...]
+    documents: Mapping[str, Document] = field(repr=False)
+
+    def resolved(self) -> dict[str, Any]:
+        """Return the whole configuration, JSON-able.
+
+        `values` has every value, defaults included, and is the same on every rank; `origins` says for each leaf where it was
+        written; `overwrites`, `plugins`, `findings` and `launch` (flags that differ between machines) complete it.
+        """
+        model, data = plain(self.model), plain(self.data)
+        for component in self.components.values():
+            if component.role == "dataset":
+                place(data, component.path, component_values(component, "dataset_type"))
+            elif component.role != "task":
+                place(model, component.path, component_values(component))
+        flags = plain(self.flags)
+        launch = {name: flags.pop(name) for name in LaunchFlags.model_fields}
+        files = {"model": model, "data": data, "tools": plain(self.tools), "fsdp2": plain(self.fsdp2)}
+        origins = {f"flags.{name}": str(self.flags.origin(name)) for name in TrainFlags.model_fields}
+        for name, values in files.items():
+            origins |= origins_of(name, values, self.documents[name])
+        return {
+            "values": {**files, "flags": flags},
+            "launch": launch,
+            "origins": origins,
+            "overwrites": [overwrite.to_dict() for overwrite in self.overwrites],
+            "plugins": [{"distribution": name, "version": version} for name, version in self.plugins],
+            "findings": [finding.to_dict() for finding in self.findings],
+        }
+
+
+@dataclass
+class _Draft:
+    """A job while it is being checked; what could not be made stays None."""
+
+    flags: TrainFlags
+    documents: dict[str, Document]
+    model: ModelConfig | None = None
+    data: DataConfig | None = None
+    tools: ToolsConfig | None = None
+    fsdp2: Fsdp2Config | None = None
+    components: dict[str, ComponentConfig] = field(default_factory=dict)
+
+
+def load_training_job(flags: TrainFlags, *, manager: PluginManager | None = None) -> TrainingJob:
+    """Read, resolve, check and merge a job. Imports no torch.
+
+    Raises:
+        ConfigError: with everything that is wrong with flags and files.
+    """
+    assembly = Assembly(manager or default_manager())
+    draft = _draft(flags, assembly, to_run=True)
+    findings = sort_findings(assembly.findings)
+    if has_errors(findings):
+        raise ConfigError(findings)
+    assert draft.model and draft.data and draft.tools and draft.fsdp2
+    return TrainingJob(
+        draft.model,
+        draft.data,
+        draft.tools,
+        draft.fsdp2,
+        draft.flags,
+        draft.components,
+        findings,
+        used_plugins(draft.components.values(), assembly.hooks),
+        assembly.hooks,
+        tuple(assembly.overwrites),
+        draft.documents,
+    )
+
+
+def check_training_job(flags: TrainFlags, *, manager: PluginManager | None = None) -> tuple[Finding, ...]:
+    """Return the findings of a job, which need not be complete: files that no flag names are not asked for."""
+    assembly = Assembly(manager or default_manager())
+    _draft(flags, assembly, to_run=False)
+    return sort_findings(assembly.findings)
+
+
+def _draft(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -> _Draft:
+    assembly.findings += flags.findings
+    ranks = world_size(flags)
+    draft = _Draft(flags.with_global_batch(ranks), {})
+    if to_run:
+        assembly.findings += required_flags(flags)
+    # Every file is read before anything is checked: a syntax error in one must not hide those of the others.
+    model = _read(draft, assembly, "model", flags.mm_model, Kind.MODEL, "mm_model" if to_run else "")
+    data = _read(draft, assembly, "data", flags.mm_data, Kind.DATA, "mm_data" if to_run else "")
+    tools = _read(draft, assembly, "tools", flags.mm_tool, Kind.TOOLS, "")
+    fsdp2 = _read(draft, assembly, "fsdp2", flags.fsdp2_config_path, Kind.FSDP2, "")
+    parts, data_parts = _find(assembly, model, data)
+    parts = assembly.resolve_all(parts, model) if model else []
+    data_parts = assembly.resolve_all(data_parts, data) if data else []
+
+    draft.model = _check(assembly, ModelConfig, model, draft, "model")
+    draft.data = _check(assembly, DataConfig, data, draft, "data")
+    draft.tools = _check(assembly, ToolsConfig, tools, draft, "tools")
+    draft.fsdp2 = _check(assembly, Fsdp2Config, fsdp2, draft, "fsdp2")
+    plugins = draft.model.plugins if draft.model else []
+    assembly.activate([*parts, *data_parts], plugins, model or _EMPTY)
+    if model is not None:
+        model, components = assembly.build([part for part in parts if part.role != "task"], model)
+        draft.documents["model"], draft.components = model, components
+        if draft.model is not None:
+            draft.model = draft.model.model_copy(
+                update={name: model.data[name] for name in COMPONENT_SECTIONS}
+            )
+    if data is not None:
+        data, components = assembly.build(data_parts, data)
+        draft.documents["data"] = data
+        draft.components |= components
+        if draft.data is not None:
+            draft.data = draft.data.model_copy(update={"dataset_param": data.data["dataset_param"]})
+    for part in parts:
+        if part.role == "task" and part.spec is not None:
+            draft.components["task"] = ComponentConfig("task", part.id, part.spec, path=part.path)
+    assembly.findings += _cross_checks(draft, ranks, to_run=to_run)
+    return draft
+
+
+def _read(
+    draft: _Draft, assembly: Assembly, name: str, path: str | None, kind: Kind, required: str
+) -> Document | None:
+    if path is None:
+        if required:
+            text = f"it is required: the {kind} of the job"
+            finding = draft.flags.finding(required, "missing-flag", text, f"Add {flag_name(required)} FILE")
+            assembly.findings.append(finding)
+        draft.documents[name] = _EMPTY
+        return None if name in ("model", "data") else _EMPTY
+    document = assembly.attempt(lambda: read_kind(path, kind))
+    if document is not None:
+        draft.documents[name] = document
+    return document
+
+
+def _check(assembly: Assembly, cls: type[M], document: Document | None, draft: _Draft, name: str) -> M | None:
+    if document is None:
+        return None
+    checked = check_section(cls, document, label=document.path or name)
+    assembly.findings += checked.findings
+    return checked.section
+
+
+def _find(assembly: Assembly, model: Document | None, data: Document | None) -> tuple[list[Part], list[Part]]:
+    parts: list[Part] = []
+    data_parts: list[Part] = []
+    if model is not None:
+        parts, findings = find_parts(model, [(name, name) for name in COMPONENT_SECTIONS])
+        assembly.findings += findings
+        task = model.data.get("task_id", ModelConfig.model_fields["task_id"].default)
+        if isinstance(task, str) and task:
+            place_of_id: KeyPath = ("task_id",)
+            parts.append(Part("task", "task", place_of_id, place_of_id, task))
+    if data is not None:
+        part, findings = find_part(data, "dataset", "dataset", ("dataset_param",), "dataset_type")
+        assembly.findings += findings
+        if part is not None:
+            data_parts.append(part)
+    return parts, data_parts
+
+
+def _cross_checks(draft: _Draft, ranks: int, *, to_run: bool) -> list[Finding]:
+    flags, model, data = draft.flags, draft.documents.get("model"), draft.documents.get("data")
+    findings = list(cross.check_load(flags))
+    if model is not None:
+        models = {name: c for name, c in draft.components.items() if c.role not in ("dataset", "task")}
+        findings += cross.check_folders(models.values(), model)
+        findings += cross.check_weights(models, model, load=flags.load, level="error" if to_run else "note")
+        findings += cross.check_channels(models, model)
+    dataset = draft.components.get("dataset")
+    if data is not None and dataset is not None and isinstance(dataset.config, T2VDatasetConfig):
+        findings += _check_t2v(dataset.config, data)
+    if draft.fsdp2 is not None:
+        draft.fsdp2, found = _precision(draft, draft.fsdp2)
+        findings += found
+        # A check that does not say how many ranks there will be is not asked to divide by them.
+        known = to_run or flags.nproc_per_node is not None or ranks > 1
+        if draft.tools is not None and known:
+            findings += cross.check_ranks(flags, draft.fsdp2, draft.documents["fsdp2"], draft.tools, ranks)
+    return findings
+
+
+def _check_t2v(config: T2VDatasetConfig, document: Document) -> list[Finding]:
+    findings = []
+    data_path = config.basic_parameters.data_path
+    if not Path(data_path).expanduser().is_file():
+        path: KeyPath = ("dataset_param", "basic_parameters", "data_path")
+        findings.append(cross.missing_path(document, path, data_path, "file"))
+    folder = config.tokenizer_config.from_pretrained
+    if not Path(folder).expanduser().is_dir():
+        path = ("dataset_param", "tokenizer_config", "from_pretrained")
+        findings.append(cross.missing_path(document, path, folder, "folder"))
+    return findings
+
+
+def _precision(draft: _Draft, fsdp2: Fsdp2Config) -> tuple[Fsdp2Config, list[Finding]]:
+    """Let `--bf16` fill param_dtype and reduce_dtype, and say that a predictor's own dtype does not decide."""
+    findings: list[Finding] = []
+    if draft.flags.bf16:
+        if fsdp2.param_dtype is None:
+            fsdp2 = fsdp2.model_copy(
+                update={"param_dtype": "bf16", "reduce_dtype": fsdp2.reduce_dtype or "fp32"}
+            )
+        elif fsdp2.param_dtype != "bf16":
+            origin = draft.documents["fsdp2"].origin(("param_dtype",))
+            text = f"param_dtype is {show(fsdp2.param_dtype)}, but --bf16 is given"
+            findings.append(
+                Finding.at(
+                    origin, "error", "conflict", text, path=("param_dtype",), suggestion="Keep one of them"
+                )
+            )
+    predictor, model = draft.components.get("predictor"), draft.documents.get("model")
+    if (
+        predictor is not None
+        and model is not None
+        and predictor.dtype not in (None, fsdp2.param_dtype or "fp32")
+    ):
+        path: KeyPath = (*predictor.path, "dtype")
+        text = f'"dtype" has no effect in training: param_dtype of fsdp2.yaml ({fsdp2.param_dtype or "fp32"}) decides'
+        findings.append(Finding.at(model.key_origin(path), "note", "no-effect", text, path=path))
+    return fsdp2, findings

@@ -1,0 +1,243 @@
+"""pydantic's errors, said as findings with a place in the file and a way to mend them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from mm_core.config.document import Document
+from mm_core.config.findings import Finding, did_you_mean, show
+from mm_core.config.origin import KeyPath, dotted
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+#: pydantic's error type -> what was expected, when the type is wrong.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a whole number of reasonable size",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text in quotes",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "set_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "mapping_type": "an object",
+    "none_required": "null",
+    "path_type": "a path in quotes",
+}
+_RANGES = {
+    "greater_than": ("gt", "must be greater than"),
+    "greater_than_equal": ("ge", "must be at least"),
+    "less_than": ("lt", "must be smaller than"),
+    "less_than_equal": ("le", "must be at most"),
+    "multiple_of": ("multiple_of", "must be a multiple of"),
+}
+_LENGTHS = {
+    "too_short": ("min_length", "at least"),
+    "string_too_short": ("min_length", "at least"),
+    "too_long": ("max_length", "at most"),
+    "string_too_long": ("max_length", "at most"),
+}
+
+
+def describe_errors(
+    error: ValidationError,
+    cls: type[BaseModel],
+    data: Any,
+    document: Document,
+    base: KeyPath,
+    label: str,
+    also_known: Collection[str] = (),
+) -> list[Finding]:
+    """Return one finding for each place that pydantic complains about.
+
+    The branches of a union complain separately; they become one finding that names every accepted kind.
+    """
+    from mm_core.config.section import legacy_keys
+
+    renamed = {new: old for old, new in legacy_keys(cls).items() if isinstance(data, Mapping) and old in data}
+    places: dict[KeyPath, list[ErrorDetails]] = {}
+    for detail in error.errors(include_url=False):
+        places.setdefault(_place(detail, data, renamed), []).append(detail)
+    findings = []
+    for place, details in places.items():
+        deeper = any(other != place and other[: len(place)] == place for other in places)
+        if deeper and all(_is_mismatch(detail) for detail in details):
+            continue  # another branch of the union fits better and says more
+        findings.append(_describe(place, details, cls, data, document, base, label, also_known))
+    return findings
+
+
+def _place(detail: ErrorDetails, data: Any, renamed: Mapping[str, str]) -> KeyPath:
+    """Return the path of an error inside `data`, leaving out the names of union branches."""
+    node, path = data, []
+    location = list(detail["loc"])
+    for index, part in enumerate(location):
+        if isinstance(part, str) and isinstance(node, Mapping):
+            if not path and part not in node and part in renamed:
+                part = renamed[part]
+            last = index == len(location) - 1
+            if part in node or (last and detail["type"] == "missing"):
+                path.append(part)
+                node = node.get(part)
+        elif isinstance(part, int) and isinstance(node, list | tuple) and part < len(node):
+            path.append(part)
+            node = node[part]
+    key = detail.get("ctx", {}).get("key")
+    if isinstance(key, str) and isinstance(node, Mapping):
+        path.append(key if key in node else renamed.get(key, key))
+    return tuple(path)
+
+
+def _is_mismatch(detail: ErrorDetails) -> bool:
+    return detail["type"] in _EXPECTED or detail["type"] in (
+        "literal_error",
+        "enum",
+        "extra_forbidden",
+        "missing",
+    )
+
+
+def _describe(
+    place: KeyPath,
+    details: list[ErrorDetails],
+    cls: type[BaseModel],
+    data: Any,
+    document: Document,
+    base: KeyPath,
+    label: str,
+    also_known: Collection[str],
+) -> Finding:
+    from mm_core.config.section import walk_sections
+
+    path = (*base, *place)
+    first = details[0]
+    key = _name(place) if place else label
+    kinds = {detail["type"] for detail in details}
+    if kinds == {"extra_forbidden"}:
+        known = list(also_known) if len(place) == 1 else []
+        for section, _, where in walk_sections(cls, data, ()):
+            if where == place[:-1]:
+                known += section.model_fields
+        owner = label if len(place) == 1 else _inside(label, place[:-1])
+        return Finding.at(
+            document.key_origin(path),
+            "error",
+            "unknown-key",
+            f'unknown key "{key}" in {owner}',
+            path=path,
+            suggestion=did_you_mean(key, known),
+        )
+    wanted = first["loc"][-1] if first["loc"] else None
+    if kinds == {"missing"} and isinstance(wanted, int):
+        text = f'"{key}" is {show(document.value(path))}: it needs more than {wanted} item{"s" if wanted != 1 else ""}'
+        return Finding.at(document.origin(path), "error", "out-of-range", text, path=path)
+    if kinds == {"missing"}:
+        owner = label if len(place) == 1 else _inside(label, place[:-1])
+        mend = f'Add "{key}"'
+        return Finding.at(
+            document.key_origin(path[:-1]),
+            "error",
+            "missing-key",
+            f'{owner} needs "{key}"',
+            path=path,
+            suggestion=mend,
+        )
+    origin = document.origin(path)
+    value = first["input"]
+    special = next((detail for detail in details if not _is_mismatch(detail)), None)
+    if special is not None:
+        code, text = _special(special)
+        shown = "" if special.get("ctx", {}).get("key") else f" is {show(special['input'])}"
+        if code in ("invalid-value", "refused-value") and (
+            not place or isinstance(special["input"], Mapping)
+        ):
+            shown = ""
+        quoted = f'"{key}"{shown}: ' if place else f"{label}: "
+        return Finding.at(origin, "error", code, quoted + text, path=path)
+    expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
+    text = (
+        f'"{key}" is {show(value)}, expected {expected}'
+        if place
+        else f"{label} is {show(value)}, expected {expected}"
+    )
+    mend = _mend(value, kinds, details)
+    return Finding.at(origin, "error", "wrong-type", text, path=path, suggestion=mend)
+
+
+def _name(place: KeyPath) -> str:
+    """Return the last key of a path with the list indices after it: `patch_size[2]`."""
+    start = max((i for i, part in enumerate(place) if isinstance(part, str)), default=0)
+    return dotted(place[start:])
+
+
+def _inside(label: str, place: KeyPath) -> str:
+    return f"{dotted(place)} of {label}" if place else label
+
+
+def _expected(detail: ErrorDetails) -> str:
+    kind = detail["type"]
+    if kind in ("literal_error", "enum"):
+        return str(detail.get("ctx", {}).get("expected", "")).replace("'", '"')
+    return _EXPECTED.get(kind, detail["msg"])
+
+
+def _special(detail: ErrorDetails) -> tuple[str, str]:
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "refused_value":
+        return "refused-value", str(context["why"])
+    if kind == "invalid_value":
+        return "invalid-value", str(context["why"])
+    if kind in _RANGES:
+        name, words = _RANGES[kind]
+        return "out-of-range", f"{words} {context[name]}"
+    if kind in _LENGTHS:
+        name, words = _LENGTHS[kind]
+        count = context[name]
+        return "out-of-range", f"must have {words} {count} item{'s' if count != 1 else ''}"
+    if kind == "finite_number":
+        return "out-of-range", "must be a finite number"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        tags = str(context.get("expected_tags", "")).replace("'", '"')
+        name = str(context.get("discriminator", "")).strip("'")
+        return "invalid-value", f'"{name}" must be one of {tags}' if tags else f'"{name}" is missing'
+    if kind == "value_error":
+        return "invalid-value", str(context.get("error", detail["msg"]))
+    return "invalid-value", detail["msg"]
+
+
+def _mend(value: Any, kinds: Iterable[str], details: Iterable[ErrorDetails]) -> str:
+    kinds = set(kinds)
+    if isinstance(value, str):
+        try:
+            meant = json.loads(value.lower())
+        except ValueError:
+            meant = None
+        numeric = isinstance(meant, int | float) and not isinstance(meant, bool)
+        if (numeric and kinds & {"int_type", "float_type"}) or (
+            isinstance(meant, bool) and "bool_type" in kinds
+        ):
+            return f"Remove the quotes: {json.dumps(meant)}"
+        for detail in details:
+            if detail["type"] == "literal_error":
+                options = [part.strip(" '\"") for part in _expected(detail).replace(" or ", ",").split(",")]
+                near = did_you_mean(value, options)
+                return near if near.startswith("Did") else ""
+    if "bool_type" in kinds and value in (0, 1) and not isinstance(value, bool):
+        return f"Write {'true' if value else 'false'}"
+    if isinstance(value, float) and value.is_integer() and kinds & {"int_type", "int_from_float"}:
+        return f"Write {int(value)}"
+    if isinstance(value, int | float) and not isinstance(value, bool) and kinds == {"string_type"}:
+        return f'Put it in quotes: "{value}"'
+    return ""

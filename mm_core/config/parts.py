@@ -1,0 +1,165 @@
+"""Components of a job while it is read: found in the files, resolved by metadata, checked, patched by hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import BaseModel
+
+from mm_core.config.component import WITH_WEIGHTS, ComponentConfig, IdKeys, WeightKeys
+from mm_core.config.document import Document
+from mm_core.config.findings import Finding
+from mm_core.config.origin import KeyPath, dotted
+from mm_core.config.section import SectionModel, check_section
+from mm_registry.errors import RegistryError, UnknownIdError
+from mm_registry.groups import ROLES
+from mm_registry.manager import PluginManager
+from mm_registry.spec import EntrySpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """A section of a document that names a component.
+
+    Attributes:
+        name: key in `job.components`, such as `text_encoder.0`.
+        role: of the component.
+        path: of its section.
+        id_path: of the value that is its id.
+        id: that value.
+        spec: the entry that it means, once resolved.
+    """
+
+    name: str
+    role: str
+    path: KeyPath
+    id_path: KeyPath
+    id: str
+    spec: EntrySpec | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{dotted(self.path) or self.role} ({self.id})"
+
+
+def find_part(
+    document: Document, name: str, role: str, path: KeyPath, id_key: str = "model_id"
+) -> tuple[Part | None, list[Finding]]:
+    """Return the part at `path`, or what is wrong with its id. An absent section is no part and no finding."""
+    if not document.has(path):
+        return None, []
+    section = document.value(path)
+    if not isinstance(section, Mapping):
+        return None, []  # the file's own class says what is expected there
+    id_path = (*path, id_key)
+    value = section.get(id_key)
+    if value is None and id_key not in section:
+        message = f'{dotted(path)} needs "{id_key}"'
+        origin = document.key_origin(path)
+        mend = f'Add "{id_key}"; `mm list` shows the ids'
+        return None, [Finding.at(origin, "error", "missing-key", message, path=id_path, suggestion=mend)]
+    if not isinstance(value, str) or not value:
+        checked = check_section(IdKeys, document, path, data={"model_id": value})
+        return None, [replace(finding, path=dotted(id_path)) for finding in checked.findings]
+    return Part(name, role, path, id_path, value), []
+
+
+def find_parts(document: Document, sections: Sequence[tuple[str, str]]) -> tuple[list[Part], list[Finding]]:
+    """Return the parts of several sections (key, role); a list of sections gives one for each item, `key.0`, …"""
+    parts: list[Part] = []
+    findings: list[Finding] = []
+    for key, role in sections:
+        value = document.data.get(key)
+        places: list[tuple[str, KeyPath]] = [(key, (key,))]
+        if isinstance(value, list):
+            places = [(f"{key}.{index}", (key, index)) for index in range(len(value))]
+        for name, path in places:
+            part, found = find_part(document, name, role, path)
+            findings += found
+            if part is not None:
+                parts.append(part)
+    return parts, findings
+
+
+def resolve(part: Part, document: Document, manager: PluginManager) -> tuple[Part | None, list[Finding]]:
+    """Find the entry that a part's id means, by metadata alone."""
+    try:
+        return replace(part, spec=manager.resolve(ROLES[part.role].name, part.id)), []
+    except RegistryError as error:
+        return None, [id_finding(error, document, part.id_path)]
+
+
+def id_finding(error: RegistryError, document: Document, path: KeyPath) -> Finding:
+    """Return a registry's error as a finding at the id."""
+    unknown = isinstance(error, UnknownIdError)
+    code = "unknown-id" if unknown else "unusable-id"
+    message, hint = (error.problem, error.hint) if isinstance(error, UnknownIdError) else (str(error), "")
+    return Finding.at(document.origin(path), "error", code, message, path=path, suggestion=hint)
+
+
+def config_class(part: Part, manager: PluginManager) -> type[BaseModel] | None:
+    """Return the config class that the part's distribution registers for it, or None.
+
+    Raises:
+        RegistryError: it is registered and cannot be used.
+    """
+    assert part.spec is not None
+    spec = manager.find("mm_core.configs", f"{part.role}/{part.spec.id}", part.spec.distribution)
+    if spec is None:
+        return None
+    cls = manager.load(spec)
+    if not (isinstance(cls, type) and issubclass(cls, BaseModel)):
+        raise RegistryError(f"the config class {spec.target} of {spec.provider} is no pydantic model")
+    return cls
+
+
+def check_part(
+    part: Part, document: Document, manager: PluginManager
+) -> tuple[ComponentConfig | None, list[Finding]]:
+    """Check a part's section: the core's keys by its own class, the rest by the component's."""
+    assert part.spec is not None
+    section: Mapping[str, Any] = document.value(part.path)
+    keys: type[SectionModel] = WeightKeys if part.role in WITH_WEIGHTS else IdKeys
+    id_key = str(part.id_path[-1])
+    own = {key: value for key, value in section.items() if key in keys.model_fields or key == id_key}
+    rest = {key: value for key, value in section.items() if key not in own}
+    own["model_id"] = own.pop(id_key, part.id)
+    core = check_section(keys, document, part.path, label=part.label, data=own)
+    findings = list(core.findings)
+    try:
+        cls = config_class(part, manager)
+    except RegistryError as error:
+        return None, [*findings, id_finding(error, document, part.id_path)]
+    config: BaseModel | None = None
+    fields: dict[str, Any] = dict(rest)
+    if cls is not None:
+        checked = check_section(
+            cls, document, part.path, label=part.label, data=rest, also_known=(id_key, *keys.model_fields)
+        )
+        findings += checked.findings
+        config = checked.section
+        if config is None:
+            return None, findings
+        fields = effective_fields(config)
+        fields.pop(id_key, None)
+    if core.section is None:
+        return None, findings
+    weights = core.section if isinstance(core.section, WeightKeys) else None
+    return ComponentConfig(
+        part.role,
+        part.id,
+        part.spec,
+        config,
+        fields,
+        dtype=weights.dtype if weights else None,
+        from_pretrained=weights.from_pretrained if weights else None,
+        init=weights.init if weights else "pretrained",
+        path=part.path,
+    ), findings
+
+
+def effective_fields(config: BaseModel) -> dict[str, Any]:
+    """Return what a constructor gets from a validated section."""
+    return config.effective() if isinstance(config, SectionModel) else config.model_dump()

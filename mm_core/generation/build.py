@@ -1,0 +1,103 @@
+"""From a generation job to a pipeline with weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mm_core.accelerator import parse_dtype
+from mm_core.models.factory import build_sora_model
+from mm_core.models.precision import cast_parameters
+from mm_core.models.sora import EXPERTS
+from mm_core.weights import is_hf_folder, load_hf_folder, load_module_weights, materialize, resolve_load
+from mm_registry.errors import UserError
+from mm_registry.manager import default_manager
+
+if TYPE_CHECKING:
+    from mm_core.config.component import ComponentConfig
+    from mm_core.config.generation_job import GenerationJob
+
+logger = logging.getLogger(__name__)
+
+RANDOM = "random"
+_CLEANING = ("basic_clean", "whitespace_clean")
+
+
+def build_pipeline(
+    job: GenerationJob, *, device: torch.device, seed: int, load: str | Path | None = None
+) -> tuple[Any, dict[str, str]]:
+    """Build the model with its weights, and the pipeline around it.
+
+    Args:
+        device: where to compute.
+        seed: of random predictor weights, where the file asks for them.
+        load: training run, checkpoint or folder of weights of `predictor`; the job's own by default.
+
+    Returns:
+        The pipeline, and where the weights of each expert came from (an absolute path, or `random`).
+
+    Raises:
+        UserError: weights are missing or do not fit.
+    """
+    pipeline = job.components["pipeline"]
+    resident = torch.device("cpu") if pipeline.fields.get("cpu_offload") else device
+    model = build_sora_model(job.components, device=resident, hooks=job.hooks)
+    sources = {}
+    for name in EXPERTS:
+        if name in job.components:
+            given = (load or job.load) if name == "predictor" else None
+            sources[name] = _fill(getattr(model, name), name, job.components[name], resident, seed, given)
+    model.eval()
+    cls: Any = default_manager().load(pipeline.spec)
+    return cls(model, _tokenizer(job), device=device, **pipeline.fields), sources
+
+
+def _fill(
+    module: nn.Module,
+    name: str,
+    component: ComponentConfig,
+    device: torch.device,
+    seed: int,
+    load: str | Path | None,
+) -> str:
+    """Give an expert its storage and weights; `load` comes before the section's own source."""
+    source = load
+    if source is None and component.init != "random":
+        source = component.from_pretrained
+    if source is None and component.init != "random":
+        raise UserError(
+            f"{name}: no weights; give --load (a run, a checkpoint or a folder of weights), "
+            "from_pretrained in its section, or "
+            '"init": "random" to see what an untrained model makes'
+        )
+    if component.dtype:
+        cast_parameters(module, parse_dtype(component.dtype))  # on meta: no fp32 copy is ever made
+    materialize(module, device, seed, random_init=source is None)
+    module.requires_grad_(False)
+    if source is None:
+        logger.warning("%s has random weights, as its section asks", name)
+        return RANDOM
+    path = Path(source).expanduser()
+    if is_hf_folder(path):
+        load_hf_folder(module, path)
+    else:
+        path = resolve_load(path)
+        # A run trains one expert, whichever of the two it is, under this name.
+        load_module_weights(module, path, prefix="predictor")
+    return str(path.resolve())
+
+
+def _tokenizer(job: GenerationJob) -> Any:
+    from mm_core.data.text import PromptTokenizer
+
+    settings = job.tokenizer
+    return PromptTokenizer(
+        Path(settings.from_pretrained).expanduser(),
+        max_length=settings.model_max_length,
+        methods=_CLEANING if job.model.use_prompt_preprocess else (),
+        class_name=settings.autotokenizer_name,
+    )

@@ -1,0 +1,201 @@
+"""From checked sections to components, and from components to a model."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mm_core.accelerator import Accelerator, parse_dtype
+from mm_core.models.sora import EXPERTS, SoRAModel
+from mm_core.random import keyed_seed
+from mm_core.sharding.policy import ShardingPolicy
+from mm_registry.errors import UserError
+from mm_registry.hooks import run_post_build
+from mm_registry.manager import default_manager
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from mm_core.config.component import ComponentConfig
+
+logger = logging.getLogger(__name__)
+
+_FROZEN = ("ae", "text_encoder")
+_ENCODER_SEED = 0
+"""Random encoders do not depend on the run's seed: training and generation with different seeds must meet
+the same ones.
+"""
+
+
+def build_component(
+    component: ComponentConfig,
+    device: torch.device | str = "cpu",
+    *,
+    hooks: pluggy.PluginManager | None = None,
+) -> Any:
+    """Build one component from its section.
+
+    Autoencoders and text encoders come out on `device`, in their dtype (fp32 if none is said), frozen, in
+    eval mode and with their
+    weights: from `from_pretrained`, or random ones that are the same in every process with `init: random`. A
+    predictor comes out on `device` without meaningful weights if that is `meta`. A diffusion is a plain
+    object.
+
+    Args:
+        hooks: activated plugins; their `post_build` sees each module.
+
+    Raises:
+        UserError: weights are missing or do not fit, the dtype has no kernels on the device, or the class
+            refuses the fields.
+        BrokenPluginError: the class cannot be imported.
+    """
+    cls: Any = default_manager().load(component.spec)
+    if component.role in _FROZEN:
+        built = _build_encoder(cls, component, torch.device(device))
+    else:
+        with torch.device(device):
+            built = _construct(cls, component)
+    if hooks is not None and isinstance(built, nn.Module):
+        run_post_build(hooks, component.role, component.model_id, built)
+    return built
+
+
+def build_sora_model(
+    components: Mapping[str, ComponentConfig],
+    *,
+    device: torch.device | str,
+    predictor_device: torch.device | str = "meta",
+    with_predictor: bool = True,
+    hooks: pluggy.PluginManager | None = None,
+) -> SoRAModel:
+    """Compose a model from the sections of a job.
+
+    Args:
+        components: `diffusion`, `predictor`, `low_noise_predictor`, `ae`, `text_encoder` or
+            `text_encoder.0`, … ; others are not looked at, absent ones are left out.
+        device: of the encoders.
+        predictor_device: `meta` for a predictor that is sharded and filled later.
+        with_predictor: whether predictors are built at all.
+
+    Raises:
+        UserError, BrokenPluginError: see `build_component`.
+    """
+
+    def build(name: str, where: torch.device | str) -> Any:
+        return build_component(components[name], where, hooks=hooks) if name in components else None
+
+    experts = EXPERTS if with_predictor else ()
+    text_encoders = sorted(
+        (name for name in components if name.split(".")[0] == "text_encoder"), key=_position
+    )
+    return SoRAModel(
+        **{name: build(name, predictor_device) for name in experts},
+        ae=build("ae", device),
+        text_encoder=[build(name, device) for name in text_encoders] or None,
+        diffusion=build("diffusion", "cpu"),
+        sharding_policies={
+            name: policy
+            for name in experts
+            if name in components and (policy := sharding_policy(components[name])) is not None
+        },
+    )
+
+
+def sharding_policy(component: ComponentConfig) -> ShardingPolicy | None:
+    """Return the policy that is registered for a component, or None.
+
+    Raises:
+        UserError: what is registered is no policy.
+    """
+    manager = default_manager()
+    name = f"{component.role}/{component.spec.id}"
+    spec = manager.find("mm_core.sharding_policies", name, component.spec.distribution)
+    if spec is None:
+        return None
+    policy = manager.load(spec)
+    if callable(policy):
+        policy = policy(component.fields)
+    if not isinstance(policy, ShardingPolicy):
+        raise UserError(
+            f"sharding policy {name} of {spec.distribution} is a {type(policy).__name__}, not a "
+            "ShardingPolicy"
+        )
+    return policy
+
+
+def _position(name: str) -> int:
+    _, _, number = name.partition(".")
+    return int(number or 0)
+
+
+def _build_encoder(cls: Any, component: ComponentConfig, device: torch.device) -> nn.Module:
+    label = f"{'.'.join(map(str, component.path)) or component.role} {component.model_id}"
+    dtype = parse_dtype(component.dtype) if component.dtype else torch.float32
+    if device.type != "meta" and not Accelerator(device.type).supports(dtype):
+        raise UserError(f"{label}: dtype {component.dtype} has no kernels on {device.type}; use fp32")
+    can_load = hasattr(cls, "from_pretrained")
+    if component.init == "pretrained" and component.from_pretrained:
+        if not can_load:
+            raise UserError(
+                f"{label}: from_pretrained is given, but {cls.__name__} has no weights; remove the key"
+            )
+        fields = _accepted(cls.from_pretrained, component, component.from_pretrained, dtype=dtype)
+        # Libraries keep single modules in fp32 beside a half-precision rest, so there is no .to(dtype)
+        # afterwards.
+        module = cls.from_pretrained(component.from_pretrained, dtype=dtype, **fields)
+    elif component.init == "random" or not can_load:
+        with torch.device("cpu"), _fixed_generator(_encoder_seed(component)):
+            module = _construct(cls, component).to(dtype)
+        if component.init == "random" and any(True for _ in module.parameters()):
+            logger.info("%s has random weights, as its section asks", label)
+    else:
+        raise UserError(
+            f'{label}: no weights; give from_pretrained, or "init": "random" if random weights are wanted'
+        )
+    return module.to(device).eval().requires_grad_(False)
+
+
+def _encoder_seed(component: ComponentConfig) -> int:
+    """By what the component is, not by the file it stands in."""
+    last = component.path[-1] if component.path else 0
+    index = last if isinstance(last, int) else 0
+    return keyed_seed(_ENCODER_SEED, f"random weights of {component.role}/{component.spec.id}", index)
+
+
+def _construct(cls: Any, component: ComponentConfig) -> Any:
+    return cls(**_accepted(cls, component))
+
+
+def _accepted(function: Any, component: ComponentConfig, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The component's fields, after a look at whether the callable takes them: a TypeError from within
+    would blame the wrong one.
+    """
+    fields = dict(component.fields)
+    try:
+        inspect.signature(function).bind(*args, **kwargs, **fields)
+    except TypeError as error:
+        raise UserError(
+            f"{component.role} {component.model_id}: {component.spec.target} of "
+            f"{component.spec.distribution} "
+            f"does not fit its section ({error})"
+        ) from error
+    return fields
+
+
+@contextmanager
+def _fixed_generator(seed: int) -> Iterator[None]:
+    """Seed the CPU's global generator, which initialisers draw from, for a moment; devices' generators
+    are left alone.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

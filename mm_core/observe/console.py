@@ -1,0 +1,116 @@
+"""What a person sees: the console, its log lines, and the progress of a run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mm_core.observe.callback import BaseCallback, RunContext, StepRecord
+
+console = Console(stderr=True)
+
+
+def setup_logging(rank: int, logs: Path | None = None) -> None:
+    """Log to the console on rank 0, and on every rank to `logs/rank-00000.log` when a folder is given."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(logging.INFO)
+    if rank == 0:
+        root.addHandler(RichHandler(console=console, show_path=False, markup=False, log_time_format="%H:%M:%S"))
+    if logs is not None:
+        file = logging.FileHandler(logs / f"rank-{rank:05d}.log", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.addHandler(file)
+    if not root.handlers:
+        root.addHandler(logging.NullHandler())
+    for noisy in ("matplotlib", "PIL", "httpx", "torch.distributed.fsdp", "torch.distributed.checkpoint"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def human_bytes(count: float) -> str:
+    """`1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def human_count(count: float) -> str:
+    """`1.2k`, `3.4M`, `14.3B`."""
+    for unit in ("", "k", "M"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g}B"
+
+
+def describe(record: StepRecord) -> str:
+    """One step in one line."""
+    parts = [
+        f"loss {record.loss:.4f}",
+        f"grad norm {record.grad_norm:.3f}",
+        f"lr {record.lr:.2e}",
+        f"{record.samples_per_second:.1f} samples/s",
+        f"{human_count(record.tokens_per_second)} tokens/s",
+        human_bytes(record.memory_bytes),
+        *(f"{name} {value:.4g}" for name, value in record.extra.items()),
+    ]
+    return " · ".join(parts)
+
+
+class ConsoleProgress(BaseCallback):
+    """A live bar on a terminal; where there is none (a log file), one line every `--log-interval` steps, at most about one a second."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._last_line = 0.0
+
+    def on_train_start(self, context: RunContext) -> None:
+        if not context.is_main or not console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            refresh_per_second=2,  # drawing takes CPU time from training where the CPU is the device
+            transient=False,
+        )
+        self._progress.start()
+        self._task = self._progress.add_task(
+            "train", total=context.last_step, completed=context.first_step, numbers=""
+        )
+
+    def on_step_end(self, context: RunContext, record: StepRecord) -> None:
+        if not context.is_main:
+            return
+        if self._progress is not None:
+            self._progress.update(self._task, completed=record.step, numbers=describe(record))
+            return
+        self._last_line += record.seconds
+        due = record.step % context.log_interval == 0 and self._last_line >= 1.0
+        if due or record.step in (context.first_step + 1, context.last_step):
+            eta = (context.last_step - record.step) * record.seconds
+            console.print(
+                f"step {record.step}/{context.last_step} · {describe(record)} · ETA {eta:.0f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
+            self._last_line = 0.0
+            sys.stderr.flush()
+
+    def on_train_end(self, context: RunContext) -> None:
+        if self._progress is not None:
+            self._progress.stop()

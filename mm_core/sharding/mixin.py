@@ -1,0 +1,152 @@
+"""`FSDP2Mixin`: a model that shards itself, from fsdp2.yaml and the policies of its parts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from mm_core.sharding.apply import apply_plan, fsdp_settings, needs_sharding, observe_plan
+from mm_core.sharding.build import build_plans
+from mm_core.sharding.mesh import build_device_mesh
+from mm_core.sharding.plan import ShardingError, ShardingPlan
+from mm_core.sharding.policy import ShardingPolicy
+
+if TYPE_CHECKING:
+    from mm_core.config.fsdp2 import Fsdp2Config
+
+log = logging.getLogger(__name__)
+
+
+class FSDP2Mixin:
+    """For `class MyModel(nn.Module, FSDP2Mixin)`.
+
+    `fully_shard` runs `_pre_fully_shard`, `_fully_shard`, `_post_fully_shard`; each can be overridden. Whatever `_fully_shard` does,
+    the result is read back as a plan and checked in the same way.
+
+    Attributes:
+        sharding_plans: path of each FSDP root -> its plan, after `fully_shard`.
+        device_mesh: what the parameters are sharded over, after `fully_shard`.
+    """
+
+    sharding_plans: dict[str, ShardingPlan]
+    device_mesh: DeviceMesh
+
+    def sharding_roots(self) -> dict[str, ShardingPolicy]:
+        """Path of each FSDP root in this model -> its policy. By default the model is one root and its blocks are found by structure.
+
+        A child of a sharded root cannot be called on its own, so each part that is called by itself is a root of its own.
+        """
+        return {"": ShardingPolicy()}
+
+    def fully_shard(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        fsdp2_config_path: str | Path | Fsdp2Config | None = None,
+    ) -> bool:
+        """Shard the model in place. Every rank of the group calls this, with the model on the meta device or on its own.
+
+        Args:
+            process_group: the data-parallel ranks; all by default.
+            fsdp2_config_path: path of an fsdp2.yaml, its content as a config, or `None` for the policies alone.
+
+        Returns:
+            True: the model is sharded, nothing is left for a caller to do.
+
+        Raises:
+            UserError: the file, the policies and the model do not fit together.
+        """
+        kwargs, config = self._pre_fully_shard(process_group, fsdp2_config_path)
+        self._fully_shard(kwargs, config)
+        self._post_fully_shard()
+        return True
+
+    def _pre_fully_shard(
+        self,
+        process_group: dist.ProcessGroup | None,
+        fsdp2_config_path: str | Path | Fsdp2Config | None,
+    ) -> tuple[dict[str, Any], Fsdp2Config]:
+        """Read the configuration, make the mesh, build and check the plans.
+
+        Returns:
+            Keyword arguments for `torch.distributed.fsdp.fully_shard` on the units of the (first) root, and the configuration.
+        """
+        model = _module(self)
+        config = load_fsdp2_config(fsdp2_config_path)
+        policies = self.sharding_roots()
+        roots = {path: model.get_submodule(path) for path in policies}
+        plans = build_plans(roots, policies, config, model)
+        self.sharding_plans = plans
+        self.device_mesh = build_device_mesh(config, process_group)
+        first = next(iter(plans))
+        return fsdp_settings(roots[first], plans[first], self.device_mesh), config
+
+    def _fully_shard(self, fsdp2_kwargs: dict[str, Any], fsdp2_config: Fsdp2Config) -> None:
+        """Apply the plans. A part that brings its own `fully_shard` is asked first; a true answer means that it did the work."""
+        model = _module(self)
+        mesh: DeviceMesh = fsdp2_kwargs["mesh"]
+        for path, plan in self.sharding_plans.items():
+            root = model.get_submodule(path)
+            own = getattr(root, "fully_shard", None) if path else None
+            if callable(own) and own(_group_of(mesh), _relative_to(path, fsdp2_config)):
+                log.info("%s sharded itself.", path)
+                continue
+            apply_plan(root, plan, mesh)
+
+    def _post_fully_shard(self) -> None:
+        """Read back what was done, and check it."""
+        model = _module(self)
+        for path, plan in self.sharding_plans.items():
+            root = model.get_submodule(path)
+            if isinstance(root, FSDPModule) or needs_sharding(root, plan, self.device_mesh):
+                self.sharding_plans[path] = observe_plan(root, plan)
+
+
+def load_fsdp2_config(source: str | Path | Fsdp2Config | None) -> Fsdp2Config:
+    """The configuration of a path, of an object that is one already, or the defaults.
+
+    Raises:
+        UserError: the file is missing or wrong; all findings at once.
+    """
+    from mm_core.config.document import read_document
+    from mm_core.config.findings import ConfigError
+    from mm_core.config.fsdp2 import Fsdp2Config
+    from mm_core.config.section import check_section
+
+    if source is None:
+        return Fsdp2Config()
+    if isinstance(source, Fsdp2Config):
+        return source
+    checked = check_section(Fsdp2Config, read_document(Path(source)))
+    if checked.section is None:
+        raise ConfigError(checked.findings)
+    return checked.section
+
+
+def _module(model: Any) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise ShardingError(f"{type(model).__name__} is a FSDP2Mixin but no nn.Module; derive it from both.")
+    return model
+
+
+def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The group that a mesh was made from, where that is one group; a 2-D mesh is made anew from all ranks."""
+    return mesh.get_group() if mesh.ndim == 1 else None
+
+
+def _relative_to(prefix: str, config: Fsdp2Config) -> Fsdp2Config:
+    """The configuration as a part of the model sees it: its own patterns only, without the prefix."""
+    changes: dict[str, Any] = {}
+    for name in ("sub_modules_to_wrap", "recompute_modules", "ignored_modules"):
+        value = getattr(config, name)
+        if value:
+            own = tuple(p[len(prefix) + 1 :] for p in value if p.startswith(prefix + "."))
+            changes[name] = (
+                own or None
+            )  # an empty list would mean "none", but the file says nothing about this part
+    return config.model_copy(update=changes)

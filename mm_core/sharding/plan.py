@@ -1,0 +1,164 @@
+"""`ShardingPlan`: which parameters are gathered together, what is recomputed, what stays whole. Plain data, ready to print and store."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm_core.accelerator import dtype_name
+from mm_registry.errors import UserError
+
+_WRAPPER = "_checkpoint_wrapped_module"
+
+
+class ShardingError(UserError):
+    """A policy, fsdp2.yaml and a model do not fit together."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterInfo:
+    """One parameter of a unit; `shape` is that of the whole tensor, whoever holds it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
+
+    def shard_numel(self, shards: int) -> int:
+        """Elements on the rank that holds most, when dimension 0 is cut into `shards`."""
+        if not self.shape:
+            return 1
+        return math.ceil(self.shape[0] / shards) * math.prod(self.shape[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Parameters that are gathered and freed together.
+
+    Args:
+        path: module path relative to the root; `""` is the root itself, which holds what no other unit has.
+        parameters: what it holds.
+        keep_gathered: stays gathered between forward and backward.
+    """
+
+    path: str
+    parameters: tuple[ParameterInfo, ...]
+    keep_gathered: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Elements of all its parameters, whole."""
+        return sum(p.numel for p in self.parameters)
+
+
+@dataclass(frozen=True)
+class ShardingPlan:
+    """How one FSDP root is sharded.
+
+    Args:
+        prefix: path of the root in the composite model (`predictor`), as users write it.
+        units: in the order of the forward pass, without the root.
+        root: what is left.
+        recompute: paths of modules whose activations are recomputed.
+        ignored: paths of frozen modules that are not sharded, and their parameters' names.
+        fp32_inputs: forward arguments of the root that keep their dtype.
+        sources: field of fsdp2.yaml -> where it came from: `fsdp2.yaml`, `policy` or `structure`.
+        reshard_after_forward, param_dtype, reduce_dtype, output_dtype, cast_forward_inputs, offload_to_cpu, pin_memory, use_reentrant,
+            forward_prefetch, backward_prefetch: as in fsdp2.yaml.
+    """
+
+    prefix: str
+    units: tuple[Unit, ...]
+    root: Unit
+    recompute: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    ignored_parameters: tuple[str, ...] = ()
+    fp32_inputs: tuple[str, ...] = ()
+    sources: Mapping[str, str] = field(default_factory=dict)
+    reshard_after_forward: bool | int = True
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
+    cast_forward_inputs: bool = True
+    offload_to_cpu: bool = False
+    pin_memory: bool = False
+    use_reentrant: bool = False
+    forward_prefetch: int = 0
+    backward_prefetch: int = 0
+
+    def rows(self, shards: int) -> list[dict[str, Any]]:
+        """One row a unit, the root last: `unit, parameters, numel, bytes_per_rank, gathered_bytes, dtype, recompute, reshard, prefetch`.
+
+        Args:
+            shards: number of ranks that a parameter is cut over.
+
+        `bytes_per_rank` counts the stored parameters of the fullest rank; `gathered_bytes` the unit in its compute dtype.
+        """
+        rows = []
+        order = [u.path for u in self.units]
+        for unit in (*self.units, self.root):
+            computed = [self.param_dtype or p.dtype for p in unit.parameters]
+            sizes = [p.numel * dtype.itemsize for p, dtype in zip(unit.parameters, computed, strict=True)]
+            position = order.index(unit.path) if unit.path else -1
+            rows.append(
+                {
+                    "unit": self.full_path(unit.path),
+                    "parameters": len(unit.parameters),
+                    "numel": unit.numel,
+                    "bytes_per_rank": sum(p.shard_numel(shards) * p.dtype.itemsize for p in unit.parameters),
+                    "gathered_bytes": sum(sizes),
+                    "dtype": "/".join(sorted({dtype_name(dtype) for dtype in computed})),
+                    "recompute": self._recompute_of(unit.path),
+                    "reshard": False if unit.keep_gathered or not unit.path else self.reshard_after_forward,
+                    "prefetch": [self.full_path(p) for p in order[position + 1 :][: self.forward_prefetch]],
+                }
+            )
+        return rows
+
+    def as_dict(self, shards: int) -> dict[str, Any]:
+        """The plan as JSON-able data, to be stored with the run."""
+        return {
+            "prefix": self.prefix,
+            "sources": dict(self.sources),
+            "recompute": [self.full_path(path) for path in self.recompute],
+            "ignored": [self.full_path(path) for path in self.ignored],
+            "units": self.rows(shards),
+        }
+
+    def full_path(self, path: str) -> str:
+        """A path as users write it, with the prefix; the root's is the prefix, or `(root)` without one."""
+        return f"{self.prefix}.{path}" if self.prefix and path else self.prefix or path or "(root)"
+
+    def _recompute_of(self, path: str) -> str:
+        """`yes`, `no`, or which submodules of the unit are recomputed."""
+        if any(is_inside(path, module) for module in self.recompute):
+            return "yes"
+        if not path:
+            return "no"
+        inside = [module for module in self.recompute if is_inside(module, path)]
+        return ", ".join(module.removeprefix(path + ".") for module in inside) or "no"
+
+
+def is_inside(path: str, other: str) -> bool:
+    """Whether `path` is `other` or below it."""
+    return not other or path == other or path.startswith(other + ".")
+
+
+def bare_name(name: str) -> str:
+    """A module's or parameter's path without the names that wrappers put in."""
+    return ".".join(part for part in name.split(".") if part != _WRAPPER)
+
+
+def describe_parameter(name: str, parameter: nn.Parameter) -> ParameterInfo:
+    """The entry of one parameter. For a DTensor the shape is the whole tensor's."""
+    return ParameterInfo(bare_name(name), tuple(parameter.shape), parameter.dtype, parameter.requires_grad)

@@ -1,0 +1,46 @@
+"""Building on the meta device before a rank is started: what can be known without weights, data or devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mm_core.config import TrainingJob
+from mm_core.models.factory import build_component, sharding_policy
+from mm_core.models.sora import EXPERTS
+from mm_core.sharding import ShardingPlan, ShardingPolicy, build_plans
+from mm_core.weights import is_hf_folder, resolve_load
+
+def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
+    """Build the trained predictors on meta, and the whole sharding plan; find the checkpoint that `--load` means.
+
+    Returns:
+        The plan of each FSDP root.
+
+    Raises:
+        UserError: fields that the model refuses, patterns that match nothing, a `--load` without a complete checkpoint.
+    """
+    load = job.flags.load
+    if load is not None and not is_hf_folder(Path(load)):
+        resolve_load(Path(load))
+    # Frozen parts take part in the plan by their names only (`ignored_modules: [ae]`), so placeholders stand in for them.
+    composite = nn.Module()
+    for name, component in job.components.items():
+        head, _, index = name.partition(".")
+        if component.role in ("ae", "text_encoder"):
+            if index:
+                if not hasattr(composite, head):
+                    composite.add_module(head, nn.ModuleList())
+                composite.get_submodule(head).append(nn.Identity())  # type: ignore[operator]
+            else:
+                composite.add_module(head, nn.Identity())
+    policies: dict[str, ShardingPolicy] = {}
+    for name in EXPERTS:
+        if name in job.components:
+            with torch.no_grad():
+                composite.add_module(name, build_component(job.components[name], "meta"))
+            policies[name] = sharding_policy(job.components[name]) or ShardingPolicy()
+    roots = {name: composite.get_submodule(name) for name in policies}
+    return build_plans(roots, policies, job.fsdp2, composite)

@@ -1,0 +1,108 @@
+"""From a command line to a finished run: launch ranks, join them, open the run's folder, train, leave in order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mm_core.accelerator import Accelerator
+from mm_core.config import TrainingJob
+from mm_core.observe.console import setup_logging
+from mm_core.training.launch import LocalRanks, check_launch, die_with_parent, started_by_launcher
+from mm_core.training.precheck import check_build
+from mm_core.training.run_folder import RunFolder
+from mm_core.training.stop import EXIT_TERMINATED, StopSignal
+from mm_core.training.trainer import Trainer
+from mm_registry import default_manager
+from mm_registry.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def train(job: TrainingJob, argv: Sequence[str]) -> int:
+    """Train a checked job and return the exit code: 0, or 143 after SIGTERM.
+
+    Args:
+        job: from `load_training_job`.
+        argv: the command line after `mm train`; child ranks get the same.
+
+    Raises:
+        UserError: the model, the policy and the files do not fit together; raised before a rank is started.
+    """
+    check_launch(job.flags)
+    check_build(job)
+    if started_by_launcher():
+        die_with_parent()
+        return _train_rank(job, None)
+    with LocalRanks(job.flags, argv) as children:
+        return _train_rank(job, children)
+
+
+def _train_rank(job: TrainingJob, children: LocalRanks | None) -> int:
+    accelerator = Accelerator.current()
+    accelerator.init_process_group(job.flags.distributed_backend, job.flags.distributed_timeout_minutes)
+    rank = dist.get_rank()
+    run = RunFolder(Path(job.flags.save)) if job.flags.save else None
+    try:
+        _agree(job)
+        _open(run, job, rank)
+        setup_logging(rank, run.logs if run else None)
+        for finding in job.findings:
+            log.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s", finding)
+        accelerator.seed_all(job.flags.seed + rank)
+        with StopSignal(children.terminate if children else None) as stop:
+            stopped = Trainer(job, accelerator, run).train(lambda: stop.requested)
+        return EXIT_TERMINATED if stopped else 0
+    finally:
+        if run is not None:
+            run.close()
+        _leave()
+
+
+def _agree(job: TrainingJob) -> None:
+    """Every rank must have read the same configuration and see the same plugins.
+
+    Raises:
+        UserError: on every rank, naming the ranks that differ from rank 0.
+    """
+    if dist.get_world_size() == 1:
+        return
+    text = default_manager().fingerprint() + json.dumps(job.resolved()["values"], sort_keys=True, default=str)
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).long()
+    digests = [torch.empty_like(digest) for _ in range(dist.get_world_size())]
+    dist.all_gather(digests, digest)
+    odd = [i for i, other in enumerate(digests) if not torch.equal(other, digests[0])]
+    if odd:
+        raise UserError(
+            f"ranks {odd} read another configuration or see other plugins than rank 0; every machine needs the same files and the "
+            "same installed distributions (compare `mm list` on each)."
+        )
+
+
+def _open(run: RunFolder | None, job: TrainingJob, rank: int) -> None:
+    """Rank 0 opens the run's folder; when it cannot, every rank raises."""
+    if run is None:
+        return
+    message = [""]
+    if rank == 0:
+        load = job.flags.load
+        continues = load is not None and Path(load).resolve().is_relative_to(run.path.resolve())
+        try:
+            run.open(continues=continues)
+        except UserError as error:
+            message = [str(error)]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(message, src=0)
+    if message[0]:
+        raise UserError(message[0])
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

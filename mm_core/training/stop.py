@@ -1,0 +1,39 @@
+"""Being asked to stop: SIGTERM ends a run after the step at hand, with one save."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells report it
+
+
+class StopSignal:
+    """A context manager that notes SIGTERM instead of dying of it.
+
+    Args:
+        forward: called when the signal comes, to pass it on to child ranks.
+    """
+
+    def __init__(self, forward: Callable[[], None] | None = None) -> None:
+        self.requested = False
+        self._forward = forward
+        self._old: object = None
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals there only
+            self._old = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if self._forward is not None:
+            self._forward()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGTERM, self._old)  # type: ignore[arg-type]

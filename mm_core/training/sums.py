@@ -1,0 +1,60 @@
+"""What the micro batches of one optimizer step add up to, on a rank and then over all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Sums over the global batch; `stop` is true when any rank was asked to stop."""
+
+    loss: float
+    weight: float
+    tokens: float
+    stop: bool
+    metrics: dict[str, float]
+
+
+class StepSums:
+    """Adds up losses, weights and metrics, and reduces them in one collective.
+
+    Args:
+        device: of the losses; the sums stay there until `reduce`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), device=device)
+        self.weight = torch.zeros((), device=device)
+        self.tokens = 0
+        self.metrics: dict[str, torch.Tensor] = {}
+
+    def add(
+        self, losses: torch.Tensor, weights: torch.Tensor, metrics: dict[str, torch.Tensor], tokens: int
+    ) -> None:
+        """Add one micro batch: losses `[B]`, weights `[B]`, metrics 0-d."""
+        self.loss += losses.detach().sum()
+        self.weight += weights.detach().sum()
+        self.tokens += tokens
+        for name, value in metrics.items():
+            self.metrics[name] = self.metrics.get(name, torch.zeros_like(self.loss)) + value.detach()
+
+    def reduce(self, stop: bool) -> StepTotals:
+        """Sum over all ranks. Every rank must have the same metric names."""
+        names = sorted(self.metrics)
+        numbers = torch.stack(
+            [
+                self.loss,
+                self.weight,
+                *(self.metrics[name] for name in names),
+                self.loss.new_tensor(float(self.tokens)),
+                self.loss.new_tensor(float(stop)),
+            ]
+        )
+        if dist.get_world_size() > 1:
+            dist.all_reduce(numbers)
+        loss, weight, *metrics, tokens, stopped = numbers.tolist()
+        return StepTotals(loss, weight, tokens, stopped > 0, dict(zip(names, metrics, strict=True)))

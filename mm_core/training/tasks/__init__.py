@@ -1,0 +1,1 @@
+"""Tasks: what turns a batch into a loss."""

@@ -1,0 +1,38 @@
+"""The task protocol: a task turns a batch into a loss, and the loop knows nothing of either."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+class Task(Protocol):
+    """What `TASK_MAPPINGS[task_id]` holds; built as `task(model, seed=…, device=…)`.
+
+    A task returns sums and weights for each sample, not means: the loop divides once by the weight of the whole global batch, so
+    that accumulation, uneven ranks and weighted samples are exact.
+    """
+
+    def example_batch(self) -> dict[str, Any]:
+        """A batch of the shapes that the loader gives, with a batch dimension of 1."""
+        ...
+
+    def prepare(self, micro_batches: Sequence[dict[str, Any]]) -> list[Any]:
+        """Encode and noise the micro batches of one optimizer step; no gradient is kept. One item a micro batch."""
+        ...
+
+    def forward(self, model: torch.nn.Module, inputs: Any) -> Any:
+        """Run the trained part on one prepared micro batch."""
+        ...
+
+    def loss(self, outputs: Any, inputs: Any) -> LossParts:
+        """`(sums [B], weights [B], metrics)`: the loss of the batch is `sums.sum() / weights.sum()`; metrics are 0-d sums over samples."""
+        ...
+
+    def tokens(self, inputs: Any) -> int:
+        """How many tokens the trained model reads in this micro batch; for throughput alone."""
+        ...

@@ -1,0 +1,248 @@
+"""One training run, from a checked job to saved weights. It reads from top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import mm_core
+from mm_core.accelerator import Accelerator
+from mm_core.config import TrainingJob
+from mm_core.data import build_dataset, build_loader
+from mm_core.models.factory import build_sora_model
+from mm_core.observe.callback import Callback, RunContext, StepRecord
+from mm_core.observe.console import ConsoleProgress, human_count
+from mm_core.observe.metrics import MetricsFile, TensorBoard
+from mm_core.observe.profiler import StaticProfile
+from mm_core.training.gradients import scale_and_clip
+from mm_core.training.optimizer import build_optimizer
+from mm_core.training.run_folder import RunFolder
+from mm_core.training.schedule import LearningRate
+from mm_core.training.sums import StepSums
+from mm_core.weights import is_hf_folder, load_checkpoint, load_hf_folder, materialize, resolve_load, save_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient norm is NaN or infinite; that step changed no weight."""
+
+
+class Trainer:
+    """Builds everything that a job names; `train()` runs it.
+
+    The process group exists already. Every rank builds the same objects; rank 0 alone writes metrics and configuration.
+
+    Args:
+        job: checked configuration.
+        accelerator: the device of this rank.
+        run: the run's folder, opened by rank 0; `None` when nothing is saved.
+    """
+
+    def __init__(self, job: TrainingJob, accelerator: Accelerator, run: RunFolder | None) -> None:
+        flags = job.flags
+        self.job, self.flags, self.accelerator, self.run = job, flags, accelerator, run
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.device = accelerator.device
+        self.step = 0
+        self.consumed_samples = 0
+        self.accumulation = flags.accumulation_steps(self.world_size)
+
+        self.model = build_sora_model(job.components, device=self.device, hooks=job.hooks)
+        self.model.fully_shard(None, job.fsdp2)
+        self._load_initial_weights()
+        self.model.train()
+        self.parameters = [p for p in self.model.predictor.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.parameters, flags)
+        self.learning_rate = LearningRate(
+            peak=flags.lr,
+            minimum=flags.min_lr or 0.0,
+            style=flags.lr_decay_style,
+            warmup_steps=flags.warmup_steps,
+            warmup_init=flags.lr_warmup_init,
+            decay_steps=flags.lr_decay_iters or flags.train_iters,
+        )
+        task = mm_core.TASK_MAPPINGS[job.components["task"].model_id]
+        self.task = task(self.model, seed=flags.seed, device=self.device)
+        self._resume()
+        self.batches = self._build_batches()
+        self.callbacks = self._build_callbacks()
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    def _load_initial_weights(self) -> None:
+        """Give the sharded predictor its storage, then its values: keyed random ones, or those of a Hugging Face folder."""
+        predictor, section = self.model.predictor, self.job.components["predictor"]
+        materialize(predictor, self.device, self.flags.seed)
+        folder = section.from_pretrained
+        if self.flags.load is not None and is_hf_folder(Path(self.flags.load)):
+            folder = self.flags.load
+        if folder is not None:
+            load_hf_folder(predictor, Path(folder))
+            log.info("predictor: weights of %s", folder)
+
+    def _resume(self) -> None:
+        """Continue from `--load`, when it names a run or a checkpoint."""
+        flags = self.flags
+        if flags.load is None or is_hf_folder(Path(flags.load)):
+            return
+        checkpoint = resolve_load(Path(flags.load))
+        fresh = flags.finetune
+        state = load_checkpoint(
+            checkpoint,
+            {"predictor": self.model.predictor},
+            None if fresh or flags.no_load_optim else self.optimizer,
+            with_rng=not (fresh or flags.no_load_rng),
+        )
+        if fresh:
+            log.info("predictor: weights of %s; the run starts at step 0 (--finetune)", checkpoint)
+            return
+        self.step = int(state["step"])
+        self.consumed_samples = int(state["consumed_samples"])
+        log.info("continuing %s after step %d", checkpoint, self.step)
+
+    def _build_batches(self) -> Iterator[dict[str, Any]]:
+        flags = self.flags
+        dataset = build_dataset(self.job.components["dataset"], flags.seed)
+        loader = build_loader(
+            dataset,
+            self.job.data,
+            seed=flags.seed,
+            dp_rank=self.rank,
+            dp_size=self.world_size,
+            micro_batch_size=flags.micro_batch_size,
+            global_batch_size=flags.global_batch_size,
+            num_workers=flags.num_workers,
+            consumed_samples=self.consumed_samples,
+        )
+        return iter(loader)
+
+    def _build_callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = [ConsoleProgress()]
+        if self.run is not None:
+            if self.rank == 0:
+                self.run.cut_metrics(self.step)
+                self.run.write_config(self.job.resolved())
+            callbacks.append(MetricsFile(self.run.metrics))
+            callbacks.append(TensorBoard(Path(self.flags.tensorboard_dir or self.run.path / "tensorboard")))
+        if self.job.tools.profile.enable:
+            callbacks.append(StaticProfile(self.job.tools))
+        return callbacks
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def train(self, stop_requested: Any) -> bool:
+        """Run to `--train-iters`, or until a stop is asked for.
+
+        Args:
+            stop_requested: called once a step; true after SIGTERM. The ranks agree on it.
+
+        Returns:
+            Whether the run ended because it was asked to.
+        """
+        flags = self.flags
+        context = RunContext(
+            self.rank, self.world_size, self.step, flags.train_iters, flags.log_interval,
+            self.run.path if self.run else None, self.model,
+        )  # fmt: skip
+        saved_at = self.step if self.step else -1
+        stopping = False
+        try:
+            for callback in self.callbacks:
+                callback.on_train_start(context)
+            self._describe()
+            while self.step < flags.train_iters and not stopping:
+                for callback in self.callbacks:
+                    callback.on_step_start(context, self.step + 1)
+                record, stopping = self._train_step(bool(stop_requested()))
+                for callback in self.callbacks:
+                    callback.on_step_end(context, record)
+                if flags.exit_interval and self.step % flags.exit_interval == 0:
+                    break
+                if flags.save_interval and self.step % flags.save_interval == 0:
+                    self.save()
+                    saved_at = self.step
+            if saved_at != self.step:
+                self.save()
+        finally:
+            for callback in self.callbacks:
+                callback.on_train_end(context)
+        return stopping
+
+    def _train_step(self, stop: bool) -> tuple[StepRecord, bool]:
+        """One optimizer step over the global batch."""
+        started = time.perf_counter()
+        flags = self.flags
+        micro_batches = [next(self.batches) for _ in range(self.accumulation)]
+        sums = StepSums(self.device)
+        for inputs in self.task.prepare(micro_batches):
+            outputs = self.task.forward(self.model, inputs)
+            losses, weights, metrics = self.task.loss(outputs, inputs)
+            losses.sum().backward()
+            sums.add(losses, weights, metrics, self.task.tokens(inputs))
+        total = sums.reduce(stop)
+
+        # FSDP averages gradients over the ranks; what is wanted is their sum divided by the weight of the whole global batch.
+        scale = torch.tensor(self.world_size / total.weight, device=self.device)
+        norm = scale_and_clip(self.parameters, scale, flags.clip_grad)
+        loss, grad_norm = total.loss / total.weight, norm.item()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            indices = [i for batch in micro_batches for i in batch["sample_index"].tolist()]
+            raise NonFiniteLossError(
+                f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}; the weights are those of step {self.step}. "
+                f"Samples of rank {self.rank}: {indices}. Lower --lr, or set --clip-grad."
+            )
+        rate = self.learning_rate(self.step + 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.step += 1
+        self.consumed_samples += flags.global_batch_size
+        self.accelerator.synchronize()
+        seconds = time.perf_counter() - started
+        record = StepRecord(
+            step=self.step,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=rate,
+            seconds=seconds,
+            samples_per_second=flags.global_batch_size / seconds,
+            tokens_per_second=total.tokens / seconds,
+            memory_bytes=self.accelerator.max_memory_bytes(),
+            consumed_samples=self.consumed_samples,
+            extra={name: value / total.weight for name, value in total.metrics.items()},
+        )
+        return record, total.stop
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of this step (all ranks call it); nothing without `--save`."""
+        if self.run is None:
+            return
+        path = save_checkpoint(
+            self.run.path,
+            self.step,
+            {"predictor": self.model.predictor},
+            None if self.flags.no_save_optim else self.optimizer,
+            {"step": self.step, "consumed_samples": self.consumed_samples, "seed": self.flags.seed},
+            with_rng=not self.flags.no_save_rng,
+        )
+        log.info("checkpoint %s", path)
+
+    def _describe(self) -> None:
+        trained = sum(p.numel() for p in self.parameters)
+        log.info(
+            "training %s parameters on %d × %s (%s); global batch %d = %d ranks × micro batch %d × %d accumulated",
+            human_count(trained), self.world_size, self.device.type, dist.get_backend(), self.flags.global_batch_size,
+            self.world_size, self.flags.micro_batch_size, self.accumulation,
+        )  # fmt: skip

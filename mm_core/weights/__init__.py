@@ -1,0 +1,36 @@
+"""Weights: first values, Hugging Face folders in, distributed checkpoints in and out."""
+
+from mm_core._lazy import lazy_exports
+
+__all__ = [
+    "CheckpointError",
+    "WeightsError",
+    "complete_checkpoints",
+    "is_hf_folder",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_hf_folder",
+    "load_module_weights",
+    "materialize",
+    "remove_temporaries",
+    "resolve_load",
+    "save_checkpoint",
+]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "CheckpointError": "mm_core.weights.errors",
+        "WeightsError": "mm_core.weights.errors",
+        "complete_checkpoints": "mm_core.weights.layout",
+        "is_hf_folder": "mm_core.weights.hf_folder",
+        "latest_checkpoint": "mm_core.weights.layout",
+        "load_checkpoint": "mm_core.weights.checkpoint",
+        "load_hf_folder": "mm_core.weights.hf_folder",
+        "load_module_weights": "mm_core.weights.checkpoint",
+        "materialize": "mm_core.weights.init",
+        "remove_temporaries": "mm_core.weights.layout",
+        "resolve_load": "mm_core.weights.layout",
+        "save_checkpoint": "mm_core.weights.checkpoint",
+    },
+)

@@ -1,0 +1,221 @@
+"""Where checkpoints are, and which of them are complete.
+
+    <run>/checkpoints/iter_0000010/    __0_0.distcp …  .metadata  state.json  rng-00000.safetensors …  .complete
+    <run>/checkpoints/latest           the name of the newest one, for people and scripts
+    <run>/checkpoints/.tmp-iter_…      being written, or left behind by a crash
+
+A checkpoint is complete when it has `.complete`, a JSON list of its files with their sizes, and checksums of the small ones. The folder gets
+its final name after that, by one rename: a folder named `iter_…` without marker was not written by us to its end.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mm_core.weights.errors import WeightsError
+
+MARKER = ".complete"
+LATEST = "latest"
+TEMPORARY = ".tmp-"
+_NAME = re.compile(r"iter_(\d+)")
+_CHECKSUM_LIMIT = 1 << 20  # bytes; larger files are checked by size alone
+
+
+def folder_name(iteration: int) -> str:
+    """`iter_0000010` for 10."""
+    return f"iter_{iteration:07d}"
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders with a marker in a run's folder (or in its `checkpoints` folder), oldest first."""
+    return [folder for folder in _iterations(_checkpoints_of(run)) if (folder / MARKER).is_file()]
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint with a marker, or `None`. Markers decide; the text in `latest` is not read."""
+    complete = complete_checkpoints(run)
+    return complete[-1] if complete else None
+
+
+def resolve_load(path: Path) -> Path:
+    """The checkpoint folder that `--load` means: a run's newest, a `checkpoints` folder's newest, or the one given.
+
+    Raises:
+        WeightsError: there is no such folder, no complete checkpoint in it, or its files are not those that were written.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise WeightsError(f"--load {path}: no such folder.{_closest(path)}")
+    if not path.is_dir():
+        raise WeightsError(f"--load {path}: this is a file; give a run's folder or one checkpoint in it.")
+    if _NAME.fullmatch(path.name) or (path / MARKER).exists() or (path / ".metadata").exists():
+        verify(path)
+        return path
+    found = latest_checkpoint(path)
+    if found is None:
+        unfinished = _unfinished(_checkpoints_of(path))
+        what = (
+            f"it has only unfinished ones ({', '.join(unfinished)}), left by a run that was stopped while saving"
+            if unfinished
+            else "the folder has no iter_… with a .complete marker in it or in its checkpoints folder"
+        )
+        raise WeightsError(f"--load {path}: no complete checkpoint; {what}.")
+    verify(found)
+    return found
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """Check a checkpoint's files against its marker: all there, sizes right, small ones unchanged. Returns the marker.
+
+    Raises:
+        WeightsError: it is unfinished or damaged; the message names the newest older one, if there is one.
+    """
+    marker = checkpoint / MARKER
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+        files: Mapping[str, Mapping[str, Any]] = content["files"]
+        sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise WeightsError(
+            f"{checkpoint} is unfinished: it has no {MARKER} marker.{_older(checkpoint)}"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{marker} cannot be read ({error}).{_older(checkpoint)}") from error
+    for name, size in sizes.items():
+        file = checkpoint / name
+        if Path(name).name != name:
+            raise WeightsError(f"{marker}: {name!r} points outside the checkpoint; refused.")
+        if not file.is_file():
+            raise WeightsError(f"{checkpoint} is damaged: {name} is missing.{_older(checkpoint)}")
+        if file.stat().st_size != size:
+            raise WeightsError(
+                f"{checkpoint} is damaged: {name} has {file.stat().st_size} bytes, {size} were written.{_older(checkpoint)}"
+            )
+        checksum = files[name].get("blake2b")
+        if checksum is not None and checksum != _checksum(file):
+            raise WeightsError(
+                f"{checkpoint} is damaged: {name} was changed after it was written.{_older(checkpoint)}"
+            )
+    result: dict[str, Any] = content
+    return result
+
+
+def write_marker(folder: Path, iteration: int) -> None:
+    """Write the marker of a folder whose files are all there and on disk."""
+    files: dict[str, dict[str, Any]] = {}
+    for file in sorted(folder.iterdir()):
+        entry: dict[str, Any] = {"bytes": file.stat().st_size}
+        if entry["bytes"] <= _CHECKSUM_LIMIT:
+            entry["blake2b"] = _checksum(file)
+        files[file.name] = entry
+    write_text(folder / MARKER, json.dumps({"format": 1, "iteration": iteration, "files": files}, indent=1))
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a finished folder its name, then point `latest` at it. Each is one rename, so no reader sees half of either."""
+    sync_folder(temporary)
+    os.rename(temporary, final)
+    sync_folder(final.parent)
+    pointer = final.parent / f"{TEMPORARY}{LATEST}"
+    write_text(pointer, final.name + "\n")
+    os.replace(pointer, final.parent / LATEST)
+    sync_folder(final.parent)
+
+
+def prepare(checkpoints: Path, iteration: int) -> Path:
+    """Make an empty folder to write a checkpoint into, and return it.
+
+    Raises:
+        WeightsError: a complete checkpoint of this iteration exists; it is never overwritten.
+    """
+    final = checkpoints / folder_name(iteration)
+    if (final / MARKER).exists():
+        raise WeightsError(
+            f"{final} exists already and is complete; it is not overwritten. Save to another folder, or move it away."
+        )
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    if final.exists():  # never finished; out of the way, and gone with the next start's cleaning
+        shutil.rmtree(checkpoints / f"{TEMPORARY}unfinished-{final.name}", ignore_errors=True)
+        os.rename(final, checkpoints / f"{TEMPORARY}unfinished-{final.name}")
+    temporary = checkpoints / f"{TEMPORARY}{final.name}"
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+    return temporary
+
+
+def remove_temporaries(run: Path) -> list[str]:
+    """Remove what a crash left behind (`.tmp-…`). One process calls this, while it holds the run. Returns the names."""
+    removed = []
+    for path in sorted(_checkpoints_of(run).glob(f"{TEMPORARY}*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        removed.append(path.name)
+    return removed
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file and wait until it is on disk."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's entries are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checkpoints_of(run: Path) -> Path:
+    return run / "checkpoints" if (run / "checkpoints").is_dir() else Path(run)
+
+
+def _iterations(checkpoints: Path) -> list[Path]:
+    if not checkpoints.is_dir():
+        return []
+    found = [
+        (int(match.group(1)), p)
+        for p in checkpoints.iterdir()
+        if (match := _NAME.fullmatch(p.name)) and p.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def _unfinished(checkpoints: Path) -> list[str]:
+    bare = [p.name for p in _iterations(checkpoints) if not (p / MARKER).is_file()]
+    return bare + sorted(p.name for p in checkpoints.glob(f"{TEMPORARY}*iter_*"))
+
+
+def _older(checkpoint: Path) -> str:
+    """Advice: the newest complete checkpoint beside a bad one."""
+    others = [p for p in complete_checkpoints(checkpoint.parent) if p.name != checkpoint.name]
+    before = [p for p in others if p.name < checkpoint.name] or others
+    return f" An older complete one: --load {before[-1]}" if before else ""
+
+
+def _closest(path: Path) -> str:
+    parent = path.parent
+    while not parent.is_dir() and parent != parent.parent:
+        path, parent = parent, parent.parent
+    names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f" Closest: {parent / near[0]}" if near else ""
+
+
+def _checksum(file: Path) -> str:
+    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()

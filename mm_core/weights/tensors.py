@@ -1,0 +1,58 @@
+"""The tensors of a module by their upstream names, and which part of each this rank holds."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from mm_core.sharding.plan import bare_name
+
+
+def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters with the names that they have without wrappers; a tied one once."""
+    for name, parameter in module.named_parameters():
+        yield bare_name(name), parameter
+
+
+def state_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by upstream name: the tensors themselves, sharded ones as DTensors."""
+    return {bare_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    """The storage of this rank and the slices of the whole tensor that it holds (all of it, for a plain tensor)."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), tuple(slice(0, size) for size in tensor.shape)
+    # torch's own checkpoints use the same function, so the two always agree; there is no public one.
+    sizes, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    slices = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
+    return tensor.to_local().detach(), slices
+
+
+def compare_keys(
+    wanted: Iterable[str], offered: Iterable[str], *, limit: int = 20
+) -> tuple[list[str], list[str]]:
+    """Lines about missing and unexpected keys, each unexpected one with the closest missing name."""
+    wanted, offered = set(wanted), set(offered)
+    missing, unexpected = sorted(wanted - offered), sorted(offered - wanted)
+    lines = [f"  missing: {key}" for key in missing]
+    extra = []
+    for index, key in enumerate(unexpected):
+        # difflib is quadratic; when everything differs, the first names say what is the matter.
+        near = difflib.get_close_matches(key, missing[:500], n=1, cutoff=0.6) if index < limit else []
+        extra.append(f"  unexpected: {key}" + (f" (closest missing: {near[0]})" if near else ""))
+    return shortened(lines, limit), shortened(extra, limit)
+
+
+def shortened(lines: Sequence[str], limit: int) -> list[str]:
+    """At most `limit` lines, and how many were left out."""
+    if len(lines) <= limit:
+        return list(lines)
+    return [*lines[:limit], f"  … and {len(lines) - limit} more"]

@@ -1,0 +1,38 @@
+"""How Wan's transformer is sharded. Torch-free data; `fsdp2.yaml` may override each field."""
+
+from __future__ import annotations
+
+from mm_core.sharding.policy import ShardingPolicy
+
+# MindSpeed-MM's module names, as its fsdp2.yaml files and LoRA targets use them. Longer paths win over their
+# prefixes.
+ALIASES = {
+    "text_embedding": "condition_embedder.text_embedder",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_embedding": "condition_embedder.time_embedder",
+    "time_projection.1": "condition_embedder.time_proj",
+    "time_projection": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+    "head": "proj_out",
+    "blocks.{*}.self_attn.proj_q": "blocks.{*}.attn1.to_q",
+    "blocks.{*}.self_attn.proj_k": "blocks.{*}.attn1.to_k",
+    "blocks.{*}.self_attn.proj_v": "blocks.{*}.attn1.to_v",
+    "blocks.{*}.self_attn.proj_out": "blocks.{*}.attn1.to_out.0",
+    "blocks.{*}.self_attn.q_norm": "blocks.{*}.attn1.norm_q",
+    "blocks.{*}.self_attn.k_norm": "blocks.{*}.attn1.norm_k",
+    "blocks.{*}.self_attn": "blocks.{*}.attn1",
+    "blocks.{*}.cross_attn.proj_q": "blocks.{*}.attn2.to_q",
+    "blocks.{*}.cross_attn.proj_k": "blocks.{*}.attn2.to_k",
+    "blocks.{*}.cross_attn.proj_v": "blocks.{*}.attn2.to_v",
+    "blocks.{*}.cross_attn.proj_out": "blocks.{*}.attn2.to_out.0",
+    "blocks.{*}.cross_attn.q_norm": "blocks.{*}.attn2.norm_q",
+    "blocks.{*}.cross_attn.k_norm": "blocks.{*}.attn2.norm_k",
+    "blocks.{*}.cross_attn": "blocks.{*}.attn2",
+    "blocks.{*}.ffn.0": "blocks.{*}.ffn.net.0.proj",
+    "blocks.{*}.ffn.2": "blocks.{*}.ffn.net.2",
+}
+# MindSpeed-MM's `norm3` of a block is diffusers' `norm2`. It is not an alias: `norm3` is also a name of
+# diffusers' own block.
+
+WANDIT = ShardingPolicy(units=("blocks.{*}",), aliases=ALIASES)

@@ -1,0 +1,78 @@
+"""Imports the target of an entry, and tells what is wrong when that fails."""
+
+from __future__ import annotations
+
+import importlib
+import traceback
+from dataclasses import replace
+
+from mm_registry.errors import BrokenPluginError
+from mm_registry.groups import GROUPS
+from mm_registry.spec import EntrySpec, Status
+from mm_registry.suggestions import closest
+
+
+def import_target(spec: EntrySpec) -> object:
+    """Import `spec.target` and return the object.
+
+    Raises:
+        BrokenPluginError: the target's module or object does not exist, a module that it needs is missing, or
+            its import raised (`SystemExit` counts); `__cause__` is what Python raised.
+    """
+    module_name, _, attributes = spec.target.partition(":")
+    try:
+        found: object = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        raise broken(spec, _why_import_failed(spec, module_name, error)) from error
+    for attribute in attributes.split(".") if attributes else ():
+        try:
+            found = getattr(found, attribute)
+        except AttributeError as error:
+            near = closest(attribute, (name for name in dir(found) if name[:1] != "_"), 1)
+            mend = f"; did it mean {near[0]!r}?" if near else ""
+            reason = f"its target {spec.target} is missing: {_name_of(found)} has no {attribute!r}{mend}"
+            raise broken(spec, reason) from error
+        except Exception as error:  # a module's own __getattr__ imports lazily, so it fails in the same ways
+            raise broken(spec, _why_import_failed(spec, module_name, error)) from error
+    return found
+
+
+def broken(spec: EntrySpec, reason: str) -> BrokenPluginError:
+    """The error for an entry that exists and cannot be used, `reason` being its second half."""
+    message = f"the {GROUPS[spec.group].noun} {spec.id!r} of {spec.provider} is broken: {reason}"
+    return BrokenPluginError(message, replace(spec, status=Status.BROKEN, detail=reason))
+
+
+def _why_import_failed(spec: EntrySpec, module: str, error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        if f"{module}.".startswith(f"{error.name}."):
+            return (
+                f"its target {spec.target} is missing: there is no module {error.name!r}; "
+                f"reinstall {spec.distribution}, or report it to its authors"
+            )
+        top = module.partition(".")[0]
+        if f"{error.name}.".startswith(f"{top}."):
+            return (
+                f"its target {spec.target} needs its own module {error.name!r}, which is missing; "
+                f"reinstall {spec.distribution}"
+            )
+        return (
+            f"its target {spec.target} needs the module {error.name!r}, which is not installed; "
+            "install the distribution that provides it, into this environment"
+        )
+    text = " ".join(str(error).split())
+    said = f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    return f"importing its target {spec.target} raised {said}{_place(error)}"
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised, unless the message of a SyntaxError says so already."""
+    if isinstance(error, SyntaxError):
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def _name_of(found: object) -> str:
+    name = getattr(found, "__name__", None)
+    return str(name) if name else type(found).__name__
