@@ -61,8 +61,12 @@ def plain_step(trainer: Trainer) -> Callable[[], float]:
     ours = trainer.model.predictor
     config = {k: v for k, v in ours.config.items() if not k.startswith("_")}
     model = WanTransformer3DModel(**config)
-    model.load_state_dict({k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in ours.state_dict().items()})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
+    model.load_state_dict(
+        {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in ours.state_dict().items()}
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True
+    )
     dataset = build_dataset(trainer.job.components["dataset"], 1)
     batches: Iterator[dict[str, Any]] = iter(
         build_loader(dataset, trainer.job.data, seed=1, dp_rank=0, dp_size=1, micro_batch_size=4, global_batch_size=4,
@@ -117,7 +121,9 @@ def measure(size: str, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
@@ -125,7 +131,9 @@ def main() -> None:
     Accelerator.current().init_process_group()
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(size, options.steps * (4 if size == "tiny" else 1), Path(folder)) for size in SIZES]
-    sys.stdout.write(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}\n")
+    sys.stdout.write(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}\n"
+    )
     for row in rows:
         sys.stdout.write(
             f"{row['size']:>6}: {row['parameters'] / 1e6:.1f} M parameters, ours {row['ours_ms']:.1f} ms, "

@@ -1,6 +1,7 @@
 """The device of a process: the only file that tells cpu, cuda and npu apart.
 
-Everything else asks an `Accelerator` for its device, its backend of communication, its memory and its generators.
+Everything else asks an `Accelerator` for its device, its backend of communication, its memory and its
+generators.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ _DTYPES = {
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The floating-point type of a configuration's spelling: `bf16`, `fp32`, `fp16`, `fp64` and torch's long names.
+    """The floating-point type of a configuration's spelling: `bf16`, `fp32`, `fp16`, `fp64` and torch's long
+    names.
 
     Raises:
         UserError: there is no such type.
@@ -140,7 +142,9 @@ class Accelerator:
             self._module.synchronize()
 
     def max_memory_bytes(self) -> int:
-        """Peak memory in bytes: of the device's allocator, or the peak resident set of this process on a CPU."""
+        """Peak memory in bytes: of the device's allocator, or the peak resident set of this process on a
+        CPU.
+        """
         if self.type != "cpu":
             return int(self._module.max_memory_allocated())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -166,7 +170,7 @@ class Accelerator:
         random.seed(seed)
 
     def rng_state(self) -> dict[str, torch.Tensor]:
-        """States of the global generators as tensors: `torch.cpu`, `torch.<device>`, `numpy.*`, `python.*`."""
+        """States of the global generators: `torch.cpu`, `torch.<device>`, `numpy.*`, `python.*`."""
         _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
         version, words, gauss_next = random.getstate()
         states = {
@@ -182,7 +186,10 @@ class Accelerator:
         return states
 
     def set_rng_state(self, states: dict[str, torch.Tensor]) -> None:
-        """Put back what `rng_state()` returned. A device's state is left alone when it comes from another type of device."""
+        """Put back what `rng_state()` returned.
+
+        A device's state is left alone when it comes from another type of device.
+        """
         torch.set_rng_state(states["torch.cpu"])
         position, has_gauss = states["numpy.position"].tolist()
         keys = states["numpy.keys"].numpy().astype(np.uint32)
@@ -197,8 +204,8 @@ class Accelerator:
     def init_process_group(self, backend: str | None = None, timeout_minutes: float = 10) -> None:
         """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
-        A process without them becomes a group of one, over an in-process store: sharding and checkpoints need no second code path.
-        A group that already exists is kept.
+        A process without them becomes a group of one, over an in-process store: sharding and checkpoints
+        need no second code path. A group that already exists is kept.
 
         Args:
             backend: what the user asked for (`--distributed-backend`); the accelerator's own by default.
@@ -224,7 +231,8 @@ class Accelerator:
         missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
         if missing:
             raise UserError(
-                f"The environment has {', '.join(n for n in _LAUNCHER_VARIABLES if n in os.environ)} but not {', '.join(missing)}: "
+                f"The environment has {', '.join(n for n in _LAUNCHER_VARIABLES if n in os.environ)} but not "
+                f"{', '.join(missing)}: "
                 "start with torchrun or --nproc-per-node, or unset them to run one process."
             )
         rank, world = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
@@ -246,20 +254,17 @@ def destroy_process_group() -> None:
 
 
 def _complete_backend(accelerator: Accelerator, backend: str | None) -> str:
-    if backend is None or backend == accelerator.backend:
+    """What torch understands, from what the user wrote; parts for devices that are not here are dropped."""
+    if backend is None:
         return accelerator.backend
     parts = dict(_split_backend(part, accelerator) for part in backend.split(","))
-    parts.setdefault("cpu", "gloo")
     wanted = parts.get(accelerator.type)
-    available = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available}
-    if wanted is None or (wanted in available and not available[wanted]()):
+    if wanted not in ("gloo", _COLLECTIVES.get(accelerator.type)):
         raise UserError(
-            f'--distributed-backend "{backend}" has nothing for the {accelerator.type} device of this machine; '
-            f'use "{accelerator.backend}" or leave the flag out.'
+            f'--distributed-backend "{backend}" has nothing for the {accelerator.type} device of this '
+            f'machine; use "{accelerator.backend}" or leave the flag out.'
         )
-    return (
-        wanted if len(parts) == 1 else ",".join(f"{device}:{name}" for device, name in sorted(parts.items()))
-    )
+    return "gloo" if accelerator.type == "cpu" else f"cpu:gloo,{accelerator.type}:{wanted}"
 
 
 def _split_backend(part: str, accelerator: Accelerator) -> tuple[str, str]:
@@ -287,7 +292,10 @@ def _why_not(type_: str) -> str | None:
             importlib.import_module("torch_npu")
         except (ImportError, OSError, RuntimeError) as error:
             # A missing CANN shows itself as any of the three, often as libhccl.so.
-            return f"torch_npu cannot be loaded ({error}); check that CANN is installed and its set_env.sh was sourced"
+            return (
+                f"torch_npu cannot be loaded ({error}); check that CANN is installed and its set_env.sh "
+                "was sourced"
+            )
         npu = getattr(torch, "npu", None)
     return None if npu is not None and npu.is_available() else "torch_npu finds no NPU"
 

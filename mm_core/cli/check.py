@@ -1,4 +1,6 @@
-"""`mm check`: the files of a job, or single files, with every finding at once. Nothing is built and torch is not imported."""
+"""`mm check`: the files of a job, or single files, with every finding at once. Nothing is built and torch is
+not imported.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ _HELP = """\
 usage: mm check FILE... [--format text|json]
        mm check --mm-model FILE --mm-data FILE [FLAGS OF mm train] [--format text|json]
 
-Check configuration files: syntax, keys, types, ids, and how the files of a job fit together. A single file may be a training
-model, an inference, data, tools or sharding file; its keys tell which. Exit code 2 if there is an error, else 0.
+Check configuration files: syntax, keys, types, ids, and how the files of a job fit together. A single file
+may be a training model, an inference, data, tools or sharding file; its keys tell which. Exit code 2 if
+there is an error, else 0.
 """
 _PLURALS = {"error": "errors", "warning": "warnings", "note": "notes"}
 
@@ -25,7 +28,8 @@ def run(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         sys.stdout.write(_HELP)
         return 0
-    # pydantic would read the metadata of every distribution for plugins of its own, which takes as long as the check.
+    # pydantic would read the metadata of every distribution for plugins of its own, which takes as long as
+    # the check.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     form, rest = output_format(argv, ("text", "json"))
     findings = _findings(rest)

@@ -1,4 +1,6 @@
-"""`mm list`: every id that installed distributions offer. Reads metadata only: imports neither torch nor a plugin."""
+"""`mm list`: every id that installed distributions offer. Reads metadata only: imports neither torch nor a
+plugin.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from mm_registry import GROUPS, ROLES, EntrySpec, Status, default_manager
 _HELP = """\
 usage: mm list [--group GROUP] [--format table|json]
 
-List the ids that installed packages offer: components by default; --group takes a role (predictor, ae, …), an entry-point group
-(mm_core.configs) or `all`.
+List the ids that installed packages offer: components by default; --group takes a role (predictor, ae, …),
+an entry-point group (mm_core.configs) or `all`.
 """
 _COLUMNS = ("id", "group", "distribution", "version", "origin", "status")
 

@@ -21,12 +21,16 @@ _EXPORTS = {
     "ToolsConfig": "mm_core.config.tools",
     "TrainFlags": "mm_core.config.flags",
     "TrainingJob": "mm_core.config.job",
+    "check_file": "mm_core.config.file_check",
+    "check_training_job": "mm_core.config.job",
     "invalid": "mm_core.config.section",
     "load_generation_job": "mm_core.config.generation_job",
     "load_training_job": "mm_core.config.job",
     "parse_train_flags": "mm_core.config.flags",
     "read_document": "mm_core.config.document",
+    "train_help": "mm_core.config.flags",
+    "world_size": "mm_core.config.flags",
 }
 
-__all__ = sorted(_EXPORTS)  # noqa: PLE0605
+__all__ = sorted(_EXPORTS)
 __getattr__, __dir__ = lazy_exports(__name__, _EXPORTS)

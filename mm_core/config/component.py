@@ -50,8 +50,8 @@ class ComponentConfig:
         model_id: as written.
         spec: the entry that it means.
         config: the section, validated by the config class of the entry; None if it registers none.
-        fields: the effective fields for the constructor as plain data, defaults of the config class included; without a config
-            class, the section as written. Without the keys that the core consumes.
+        fields: the effective fields for the constructor as plain data, defaults of the config class
+            included; without a config class, the section as written. Without the keys that the core consumes.
         dtype: short name (`bf16`), or None if not said.
         from_pretrained: folder of weights, or None.
         init: where the weights come from.

@@ -21,7 +21,7 @@ _MAX_HF_CONFIG_BYTES = 4 * 1024 * 1024
 
 def missing_path(document: Document, path: KeyPath, value: str, what: str, level: Level = "error") -> Finding:
     """Return the finding for a path in a file that names nothing."""
-    text = f"{dotted(path)} is {show(value)}: there is no such {what}"
+    text = f'{dotted(path)} is "{value}": there is no such {what}'
     if not Path(value).expanduser().is_absolute():
         text += " (seen from the working directory)"
     return Finding.at(
@@ -29,15 +29,27 @@ def missing_path(document: Document, path: KeyPath, value: str, what: str, level
     )
 
 
+def check_path(document: Document, path: KeyPath, what: str, level: Level = "error") -> Iterator[Finding]:
+    """What stands at `path` must name a file or folder (`what`) that exists; nothing if it is no text.
+
+    It looks at the file rather than at checked sections, so that a mistake elsewhere hides no missing path.
+    """
+    value = document.value(path) if document.has(path) else None
+    if not isinstance(value, str) or not value:
+        return
+    place = Path(value).expanduser()
+    exists = {"file": place.is_file, "folder": place.is_dir}.get(what, place.exists)
+    if not exists():
+        yield missing_path(document, path, value, what, level)
+
+
 def check_folders(
     components: Iterable[ComponentConfig], document: Document, level: Level = "error"
 ) -> Iterator[Finding]:
     """Every `from_pretrained` of a component must be a folder."""
     for component in components:
-        folder = component.from_pretrained
-        path = (*component.path, "from_pretrained")
-        if folder is not None and not Path(folder).expanduser().is_dir():
-            yield missing_path(document, path, folder, "folder", level)
+        if component.from_pretrained is not None:
+            yield from check_path(document, (*component.path, "from_pretrained"), "folder", level)
 
 
 def check_weights(
@@ -45,8 +57,8 @@ def check_weights(
 ) -> Iterator[Finding]:
     """Nothing starts from random weights unless its section says `init: random`.
 
-    An autoencoder and a text encoder need `from_pretrained` or `init: random`; a predictor is also content with `--load`.
-    A component whose config class says `has_weights = False` needs none.
+    An autoencoder and a text encoder need `from_pretrained` or `init: random`; a predictor is also content
+    with `--load`. A component whose config class says `has_weights = False` needs none.
     """
     for name, component in components.items():
         if component.role not in WITH_WEIGHTS or component.from_pretrained or component.init == "random":
@@ -69,7 +81,9 @@ def check_weights(
 
 
 def check_channels(components: Mapping[str, ComponentConfig], document: Document) -> Iterator[Finding]:
-    """What one component puts out must be what the next takes in, as far as their sections or config.json files say."""
+    """What one component puts out must be what the next takes in, as far as their sections or config.json
+    files say.
+    """
     predictor, ae = components.get("predictor"), components.get("ae")
     encoders = [component for name, component in components.items() if name.split(".")[0] == "text_encoder"]
     if predictor is None:
@@ -95,7 +109,9 @@ def check_channels(components: Mapping[str, ComponentConfig], document: Document
 
 
 def _number(component: ComponentConfig, *names: str) -> int | None:
-    """Return a size that the section states (itself or in `config`), or the config.json of its pretrained folder."""
+    """Return a size that the section states (itself or in `config`), or the config.json of its pretrained
+    folder.
+    """
     nested = component.fields.get("config")
     sources: list[Mapping[str, Any]] = [component.fields]
     if isinstance(nested, Mapping):
@@ -130,13 +146,19 @@ def check_ranks(
         yield batch
     size = fsdp2.shard_group_size(ranks)
     if ranks % size:
-        text = f"sharding_size is {size}, which does not divide the {ranks} rank{'s' if ranks > 1 else ''} of the job"
+        text = (
+            f"sharding_size is {size}, which does not divide the {ranks} "
+            f"rank{'s' if ranks > 1 else ''} of the job"
+        )
         mend = 'Write "auto" for all ranks, or a divisor'
         path: KeyPath = ("sharding_size",)
         yield Finding.at(document.origin(path), "error", "ranks", text, path=path, suggestion=mend)
     wanted = tools.profile.ranks
     if tools.profile.enable and -1 not in wanted and min(wanted) >= ranks:
-        text = f"profile.ranks is {show(wanted)}, but the job has ranks 0 to {ranks - 1}: nothing would be profiled"
+        text = (
+            f"profile.ranks is {show(wanted)}, but the job has ranks 0 to {ranks - 1}: nothing "
+            "would be profiled"
+        )
         yield Finding("error", "ranks", text, flags.mm_tool, path="profile.ranks")
 
 
@@ -144,5 +166,5 @@ def check_load(flags: TrainFlags) -> Iterator[Finding]:
     """`--load` must exist."""
     if flags.load is not None and not Path(flags.load).expanduser().exists():
         yield flags.finding(
-            "load", "missing-path", f"{show(flags.load)}: there is no such folder", closest_path(flags.load)
+            "load", "missing-path", f'"{flags.load}": there is no such folder', closest_path(flags.load)
         )

@@ -17,8 +17,8 @@ _FLAGS = "the command line decides"
 class DataloaderConfig(SectionModel):
     """`dataloader_param`.
 
-    All ranks draw from one global order of samples that depends on the seed alone, so the same job gives the same batches on any
-    number of ranks. Sizes and the number of workers are flags.
+    All ranks draw from one global order of samples that depends on the seed alone, so the same job gives
+    the same batches on any number of ranks. Sizes and the number of workers are flags.
     """
 
     dataloader_mode: Annotated[
@@ -29,7 +29,8 @@ class DataloaderConfig(SectionModel):
         Only(
             "stateful_distributed_sampler",
             "SequentialSampler",
-            reason="samplers that form buckets or balance lengths are not available yet; use stateful_distributed_sampler "
+            reason="samplers that form buckets or balance lengths are not available yet; use "
+            "stateful_distributed_sampler "
             "(with shuffle) or SequentialSampler",
         ),
     ] = "stateful_distributed_sampler"

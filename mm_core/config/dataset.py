@@ -22,7 +22,8 @@ class BasicParameters(SectionModel):
         str,
         Field(
             min_length=1,
-            description="A text file with a line `folder,annotation.json` for each part, or an annotation file (.json, .jsonl).",
+            description="A text file with a line `folder,annotation.json` for each part, or an "
+            "annotation file (.json, .jsonl).",
         ),
     ]
     data_folder: Annotated[
@@ -33,7 +34,8 @@ class BasicParameters(SectionModel):
         Literal["standard", "combine", "sorafeatured", "vace"] | None,
         Only(None, "standard", "combine", reason="stored features and VACE conditions cannot be read yet"),
         Field(
-            description="combine: data_path is a data list. standard: it is an annotation file. Default: by its ending."
+            description="combine: data_path is a data list. standard: it is an annotation file. "
+            "Default: by its ending."
         ),
     ] = None
     return_type: Annotated[str | None, NoEffect("samples are always dicts of tensors")] = None
@@ -63,8 +65,8 @@ class TrainPipeline(SectionModel):
 class PreprocessParameters(SectionModel):
     """How a video becomes a clip `[3, num_frames, height, width]` in [-1, 1].
 
-    With `force_resolution` every clip is `max_height` × `max_width`. Without, a clip keeps its own aspect ratio within
-    `hw_aspect_thr`, has at most `max_hxw` pixels, and sides that are multiples of `hw_stride`.
+    With `force_resolution` every clip is `max_height` × `max_width`. Without, a clip keeps its own aspect
+    ratio within `hw_aspect_thr`, has at most `max_hxw` pixels, and sides that are multiples of `hw_stride`.
     """
 
     video_processor_type: Annotated[
@@ -121,7 +123,8 @@ class PreprocessParameters(SectionModel):
         float,
         Field(
             ge=0,
-            description="Factor by which a video's ratio may differ from the wanted one (from 1 without force_resolution); 0: 1.5.",
+            description="Factor by which a video's ratio may differ from the wanted one (from 1 "
+            "without force_resolution); 0: 1.5.",
         ),
     ] = 1.5
     truncate_t_by_sp: Annotated[bool, NoEffect("sequences are not split over ranks", quiet_for=(False,))] = (
@@ -130,7 +133,8 @@ class PreprocessParameters(SectionModel):
     vae_scale_factor: Annotated[
         tuple[PositiveInt, PositiveInt, PositiveInt],
         Field(
-            description="Of the autoencoder, in time, height, width: clips shorter than num_frames are cut to 1 + n × time."
+            description="Of the autoencoder, in time, height, width: clips shorter than num_frames "
+            "are cut to 1 + n × time."
         ),
     ] = (4, 8, 8)
     train_sp_batch_size: Annotated[int, NoEffect("sequences are not split over ranks", quiet_for=(1,))] = 1
@@ -157,14 +161,17 @@ class TextMethod(SectionModel):
     method: Annotated[
         Literal["basic_clean", "whitespace_clean", "lower"],
         Field(
-            description="basic_clean: mend encodings and HTML entities; whitespace_clean: single spaces; lower: lower case."
+            description="basic_clean: mend encodings and HTML entities; whitespace_clean: single "
+            "spaces; lower: lower case."
         ),
     ]
     param: Annotated[dict[str, Any] | None, Only(None, {}, reason="the method takes no parameters")] = None
 
 
 class T2VDatasetConfig(SectionModel):
-    """Videos with captions. An annotation is a JSON list of objects with at least `path` and `cap` (a text or several)."""
+    """Videos with captions. An annotation is a JSON list of objects with at least `path` and `cap` (a text
+    or several).
+    """
 
     dataset_type: str = "t2v"
     basic_parameters: BasicParameters
@@ -175,7 +182,7 @@ class T2VDatasetConfig(SectionModel):
     enable_text_preprocessing: Annotated[bool, Field(description="Apply text_preprocess_methods.")] = True
     text_preprocess_methods: Annotated[
         list[TextMethod] | TextMethod, Field(description="How captions are cleaned, in order.")
-    ] = []
+    ] = Field(default_factory=list)
     use_clean_caption: Annotated[
         bool, Only(False, reason="it rewrites captions by rules for web text; clean the annotations instead")
     ] = False
@@ -187,7 +194,8 @@ class T2VDatasetConfig(SectionModel):
     max_bad_samples: Annotated[
         Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)],
         Field(
-            description="How many samples may be unreadable, each reported and replaced, before the job stops: a number, or a share "
+            description="How many samples may be unreadable, each reported and replaced, before the "
+            "job stops: a number, or a share "
             "of the set (0.01: one in a hundred, at least one)."
         ),
     ] = 0.01

@@ -44,19 +44,20 @@ class Document:
         return _nearest(self.origins, path)
 
     def key_origin(self, path: KeyPath) -> Origin:
-        """Return where the name of the member at `path` was written; for what has no name, where its value was."""
+        """Return where the name of the member at `path` was written; for what has no name, where its value
+        was.
+        """
         return self.keys.get(path) or self.origin(path)
 
     def value(self, path: KeyPath) -> Any:
         """Return the value at `path`. Raises KeyError when there is none."""
         node: Any = self.data
         for part in path:
-            if isinstance(node, Mapping) and isinstance(part, str) and part in node:
-                node = node[part]
-            elif isinstance(node, list) and isinstance(part, int) and 0 <= part < len(node):
-                node = node[part]
-            else:
+            member = isinstance(node, Mapping) and isinstance(part, str) and part in node
+            item = isinstance(node, list) and isinstance(part, int) and 0 <= part < len(node)
+            if not member and not item:
                 raise KeyError(path)
+            node = node[part]
         return node
 
     def has(self, path: KeyPath) -> bool:
@@ -67,7 +68,9 @@ class Document:
         return True
 
     def replaced(self, path: KeyPath, value: Any, origin: Origin) -> Document:
-        """Return a copy in which `path` has `value`, written by `origin`. Missing objects on the way are made."""
+        """Return a copy in which `path` has `value`, written by `origin`. Missing objects on the way are
+        made.
+        """
         data = copy.deepcopy(self.data)
         node: Any = data
         for part in path[:-1]:
@@ -104,8 +107,8 @@ def read_document(path: str | Path) -> Document:
     """Read a `.json` (comments and trailing commas allowed), `.yaml` or `.yml` file.
 
     Raises:
-        ConfigError: the file is missing, too large, not UTF-8, empty, of an unknown kind, malformed, or holds no object
-            at its top level. The finding names the place and how to mend it.
+        ConfigError: the file is missing, too large, not UTF-8, empty, of an unknown kind, malformed, or
+            holds no object at its top level. The finding names the place and how to mend it.
     """
     name = str(path)
     file = Path(path).expanduser()
@@ -173,7 +176,9 @@ def missing_file(name: str) -> ConfigError:
 
 
 def closest_path(name: str) -> str:
-    """Return a sentence that helps with a path that does not exist: where it stops existing, and the closest name there."""
+    """Return a sentence that helps with a path that does not exist: where it stops existing, and the closest
+    name there.
+    """
     path = Path(name).expanduser()
     wanted, folder = path.name, path.parent
     while not folder.exists() and folder != folder.parent:

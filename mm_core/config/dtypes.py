@@ -18,7 +18,9 @@ _SHORT = {
 
 
 def short_dtype(name: Any) -> Any:
-    """Return the short name of a floating format (`bfloat16` and `torch.bfloat16` are `bf16`); others unchanged."""
+    """Return the short name of a floating format (`bfloat16` and `torch.bfloat16` are `bf16`); others
+    unchanged.
+    """
     return (
         _SHORT.get(name.removeprefix("torch."), name.removeprefix("torch."))
         if isinstance(name, str)

@@ -16,7 +16,9 @@ from mm_registry import PluginManager, default_manager
 
 
 def check_file(path: str, *, manager: PluginManager | None = None) -> tuple[Finding, ...]:
-    """Return the findings of one file. Folders of weights and data that do not exist are notes: the file may be for elsewhere."""
+    """Return the findings of one file. Folders of weights and data that do not exist are notes: the file may
+    be for elsewhere.
+    """
     try:
         document = without_schema(read_document(path))
     except ConfigError as error:

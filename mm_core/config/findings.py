@@ -12,7 +12,7 @@ from mm_registry import suggestions
 from mm_registry.errors import UserError
 
 Level = Literal["error", "warning", "note"]
-_SHOWN_CHARACTERS = 60
+_SHOWN_CHARACTERS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,8 @@ class Finding:
     """One thing that a check has to say about one place.
 
     Attributes:
-        level: `error` stops the job; `warning` (a legacy spelling) and `note` (a key without effect here) do not.
+        level: `error` stops the job; `warning` (a legacy spelling) and `note` (a key without effect here)
+            do not.
         code: a stable word for machines, such as `unknown-key`.
         message: what is wrong, with the value, and why. A sentence without a full stop.
         file: the file as the user named it; None for flags and for what was not written anywhere.
@@ -95,10 +96,10 @@ def has_errors(findings: Iterable[Finding]) -> bool:
     return any(finding.level == "error" for finding in findings)
 
 
-def sort_findings(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Return the findings once each, by file (in order of appearance), then by place."""
+def sort_findings(findings: Iterable[Finding], order: Sequence[str | None] = ()) -> tuple[Finding, ...]:
+    """Return the findings once each, by file (those of `order` first, then as they appear), then by place."""
     unique = list(dict.fromkeys(findings))
-    files = list(dict.fromkeys(finding.file for finding in unique))
+    files = list(dict.fromkeys([*order, *(finding.file for finding in unique)]))
     return tuple(sorted(unique, key=lambda f: (files.index(f.file), f.line or 0, f.column or 0)))
 
 
@@ -108,6 +109,11 @@ def show(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
         text = repr(value)
+    return clip(text)
+
+
+def clip(text: str) -> str:
+    """Return a text short enough for a message."""
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 1] + "…"
 
 

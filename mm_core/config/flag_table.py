@@ -43,7 +43,8 @@ class BatchFlags(SectionModel):
     global_batch_size: Annotated[
         int,
         _help(
-            "samples of one optimizer step, over all ranks and accumulated passes; default: micro batch × ranks",
+            "samples of one optimizer step, over all ranks and accumulated passes; default: micro "
+            "batch × ranks",
             ge=1,
         ),
     ] = 0

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from mm_core.config import flag_table as table
 from mm_core.config.document import Document
-from mm_core.config.findings import ConfigError, Finding, closest, has_errors
+from mm_core.config.findings import ConfigError, Finding, clip, closest, has_errors
 from mm_core.config.keys import NoEffect, Only
 from mm_core.config.origin import KeyPath, Origin
 from mm_core.config.section import check_section, markers
@@ -78,7 +78,8 @@ class TrainFlags(
         return self.finding(
             "global_batch_size",
             "out-of-range",
-            f"{self.global_batch_size} is no multiple of --micro-batch-size {self.micro_batch_size} × {dp_size} ranks = {each}",
+            f"{self.global_batch_size} is no multiple of --micro-batch-size {self.micro_batch_size} × "
+            f"{dp_size} ranks = {each}",
             f"Use {near}",
         )
 
@@ -118,7 +119,8 @@ def world_size(flags: TrainFlags, environ: Mapping[str, str] = os.environ) -> in
 
 
 def parse_train_flags(argv: Sequence[str]) -> TrainFlags:
-    """Read a command line: `--flag value`, `--flag=value`, `_` or `-`; no abbreviations. A flag given twice: the last one counts.
+    """Read a command line: `--flag value`, `--flag=value`, `_` or `-`; no abbreviations. A flag given
+    twice: the last one counts.
 
     Raises:
         ConfigError: everything that is wrong with the flags, each with a suggestion.
@@ -228,7 +230,7 @@ def _stray(word: str, previous: str) -> Finding:
     else:
         mend = "Values follow a flag: --flag value"
     return Finding(
-        "error", "stray-argument", f'unexpected argument "{word}"', path="command line", suggestion=mend
+        "error", "stray-argument", f'unexpected argument "{clip(word)}"', path="command line", suggestion=mend
     )
 
 
@@ -315,7 +317,8 @@ def flag_origins(flags: TrainFlags) -> dict[KeyPath, Origin]:
     return {(name,): flags.origin(name) for name in TrainFlags.model_fields}
 
 
-# -- help ------------------------------------------------------------------------------------------------------------
+# -- help
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _metavar(field: FieldInfo) -> str:
@@ -330,7 +333,8 @@ def train_help(width: int = 110) -> str:
     lines = [
         "usage: mm train --mm-model FILE --mm-data FILE [--mm-tool FILE] [--fsdp2-config-path FILE] [FLAGS]",
         "",
-        "Check a job, then build, shard and train it. Underscores are accepted for hyphens, and --flag=value.",
+        "Check a job, then build, shard and train it. Underscores are accepted for hyphens, and "
+        "--flag=value.",
     ]
     for group in table.GROUPS:
         lines += ["", f"{(group.__doc__ or '').strip()}:"]

@@ -1,6 +1,7 @@
 """`fsdp2.yaml`: how the trained model is sharded.
 
-Where MindSpeed-MM's documentation and code disagree about a default, the choice stands in the field's description.
+Where MindSpeed-MM's documentation and code disagree about a default, the choice stands in the field's
+description.
 """
 
 from typing import Annotated, Literal
@@ -16,16 +17,20 @@ _EXPERTS = "expert parallelism is not available yet"
 
 
 class Fsdp2Config(SectionModel):
-    """FSDP2 settings. A list of patterns that is given replaces the registered sharding policy's; `[]` means none.
+    """FSDP2 settings. A list of patterns that is given replaces the registered sharding policy's; `[]`
+    means none.
 
-    A pattern is a dotted module path that starts at the model (`predictor.blocks.{*}`); `{*}` is every index, `{0-3,7}` are some.
+    A pattern is a dotted module path that starts at the model (`predictor.blocks.{*}`); `{*}` is every
+    index, `{0-3,7}` are some.
     """
 
     sharding_size: Annotated[
         Annotated[int, Field(ge=1)] | Literal["auto"] | None,
         Field(
-            description="Ranks that share one copy of the parameters; must divide the number of ranks. 1 replicates. "
-            "`auto`, null and leaving it out mean all ranks (MindSpeed-MM reads null as 1, which shards nothing)."
+            description="Ranks that share one copy of the parameters; must divide the number of "
+            "ranks. 1 replicates. "
+            "`auto`, null and leaving it out mean all ranks (MindSpeed-MM reads null as 1, which "
+            "shards nothing)."
         ),
     ] = "auto"
     sub_modules_to_wrap: Annotated[
@@ -34,7 +39,8 @@ class Fsdp2Config(SectionModel):
     reshard_after_forward: Annotated[
         bool | Annotated[int, Field(ge=2)],
         Field(
-            description="true frees gathered parameters after the forward pass (ZeRO-3), false keeps them for the backward "
+            description="true frees gathered parameters after the forward pass (ZeRO-3), false keeps "
+            "them for the backward "
             "pass (ZeRO-2), a number keeps them sharded over that many ranks."
         ),
     ] = True
@@ -57,7 +63,8 @@ class Fsdp2Config(SectionModel):
     pin_memory: Annotated[
         bool,
         Field(
-            description="Page-locked memory, for offload_to_cpu only. Off as documented (MindSpeed-MM's code: on)."
+            description="Page-locked memory, for offload_to_cpu only. Off as documented "
+            "(MindSpeed-MM's code: on)."
         ),
     ] = False
     num_to_forward_prefetch: Annotated[
@@ -67,7 +74,8 @@ class Fsdp2Config(SectionModel):
         int,
         Field(
             ge=0,
-            description="Units that are gathered ahead in the backward pass; 0 leaves it to FSDP2, which gathers one ahead. 0 as in "
+            description="Units that are gathered ahead in the backward pass; 0 leaves it to FSDP2, "
+            "which gathers one ahead. 0 as in "
             "MindSpeed-MM's code (its documentation: 1).",
         ),
     ] = 0
@@ -81,7 +89,8 @@ class Fsdp2Config(SectionModel):
     use_reentrant: Annotated[
         bool,
         Field(
-            description="The older form of recomputation. Off (MindSpeed-MM: on): the newer one gives the same gradients, and "
+            description="The older form of recomputation. Off (MindSpeed-MM: on): the newer one "
+            "gives the same gradients, and "
             "right ones where the older fails."
         ),
     ] = False

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from mm_core.config import cross_checks as cross
 from mm_core.config.assemble import Assembly, used_plugins
 from mm_core.config.component import WITH_WEIGHTS, ComponentConfig
-from mm_core.config.document import Document, closest_path
-from mm_core.config.findings import ConfigError, Finding, Level, has_errors, show, sort_findings
+from mm_core.config.document import Document
+from mm_core.config.findings import ConfigError, Finding, Level, has_errors, sort_findings
 from mm_core.config.inference import InferenceConfig
 from mm_core.config.kinds import Kind, read_kind
 from mm_core.config.model import COMPONENT_SECTIONS
@@ -38,9 +38,9 @@ class GenerationJob:
 
     Attributes:
         model: the top level of the file, overrides applied.
-        components: `pipeline`, `predictor`, `low_noise_predictor` (if there is a second expert), `ae`, `text_encoder` (or
-            `text_encoder.0`, …), `diffusion`. The pipeline's fields are pipeline_config and the keys in `PIPELINE_KEYS` that its
-            config class declares.
+        components: `pipeline`, `predictor`, `low_noise_predictor` (if there is a second expert), `ae`,
+            `text_encoder` (or `text_encoder.0`, …), `diffusion`. The pipeline's fields are pipeline_config
+            and the keys in `PIPELINE_KEYS` that its config class declares.
         prompts: one for each video to make.
         tokenizer: settings of the tokenizer.
         load: run or checkpoint with the predictor's weights, or None.
@@ -60,7 +60,9 @@ class GenerationJob:
     document: Document = field(repr=False)
 
     def resolved(self) -> dict[str, Any]:
-        """Return the whole configuration, JSON-able: every value, where it was written, and what hooks changed."""
+        """Return the whole configuration, JSON-able: every value, where it was written, and what hooks
+        changed.
+        """
         values = plain(self.model)
         for component in self.components.values():
             if component.role == "pipeline":
@@ -92,8 +94,9 @@ def load_generation_job(
     """Read, resolve, check and merge an inference file. Imports no torch.
 
     Args:
-        overrides: dotted path -> value from the command line, such as `{"prompt": "a cat", "pipeline_config.seed": 1}`. They
-            replace what the file says; None values are left out. `load` is a run or checkpoint with the predictor's weights.
+        overrides: dotted path -> value from the command line, such as `{"prompt": "a cat",
+            "pipeline_config.seed": 1}`. They replace what the file says; None values are left out. `load`
+            is a run or checkpoint with the predictor's weights.
 
     Raises:
         ConfigError: with everything that is wrong.
@@ -161,6 +164,7 @@ def _draft(document: Document, assembly: Assembly, *, to_run: bool) -> _Draft:
         merged, draft.components = assembly.build(parts, merged)
     if copied:  # what holds for the first expert's section was said there
         assembly.findings = [f for f in assembly.findings if not f.path.startswith("low_noise_predictor.")]
+    assembly.findings = [_at_top_level(finding, document) for finding in assembly.findings]
     draft.document = merged
     if draft.model is not None:
         draft.model = draft.model.model_copy(update={name: merged.data[name] for name in COMPONENT_SECTIONS})
@@ -178,7 +182,9 @@ def _draft(document: Document, assembly: Assembly, *, to_run: bool) -> _Draft:
 
 
 def _with_second_expert(document: Document) -> tuple[Document, list[tuple[str, str]]]:
-    """Make a section of `low_noise_predictor` when it is a folder: the predictor's, with its weights from there."""
+    """Make a section of `low_noise_predictor` when it is a folder: the predictor's, with its weights from
+    there.
+    """
     sections = [(name, name) for name in COMPONENT_SECTIONS]
     second = document.data.get("low_noise_predictor")
     if second is None:
@@ -193,7 +199,9 @@ def _with_second_expert(document: Document) -> tuple[Document, list[tuple[str, s
 
 
 def _with_pipeline_keys(document: Document, parts: Iterable[Part], assembly: Assembly) -> Document:
-    """Put the pipeline's keys of the top level beside those of pipeline_config, if the pipeline declares them."""
+    """Put the pipeline's keys of the top level beside those of pipeline_config, if the pipeline declares
+    them.
+    """
     part = next((part for part in parts if part.role == "pipeline"), None)
     if part is None:
         return document
@@ -227,39 +235,29 @@ def _with_dtype(components: Mapping[str, ComponentConfig], dtype: str | None) ->
 
 def _cross_checks(draft: _Draft, *, to_run: bool) -> list[Finding]:
     level: Level = "error" if to_run else "note"
-    document, model = draft.document, draft.model
+    document = draft.document
+    load, boundary = document.data.get("load"), document.data.get("boundary_ratio")
+    second = document.data.get("low_noise_predictor")
     findings = list(cross.check_folders(draft.components.values(), document, level))
-    load = model.load if model is not None else None
     findings += cross.check_weights(draft.components, document, load=load, level=level)
     findings += cross.check_channels(draft.components, document)
-    if model is None:
-        return findings
-    folder = model.tokenizer.from_pretrained
-    if not Path(folder).expanduser().is_dir():
-        findings.append(
-            cross.missing_path(document, ("tokenizer", "from_pretrained"), folder, "folder", level)
-        )
-    if load is not None and not Path(load).expanduser().exists():
-        text = f"{show(load)}: there is no such folder"
-        findings.append(
-            Finding.at(
-                document.origin(("load",)),
-                level,
-                "missing-path",
-                text,
-                path=("load",),
-                suggestion=closest_path(load),
-            )
-        )
-    if (model.boundary_ratio is None) != (model.low_noise_predictor is None):
-        given, wanted = ("low_noise_predictor", "boundary_ratio")
-        if model.boundary_ratio is not None:
+    findings += cross.check_path(document, ("tokenizer", "from_pretrained"), "folder", level)
+    findings += cross.check_path(document, ("load",), "folder or file", level)
+    if (boundary is None) != (second is None):
+        given, wanted = "low_noise_predictor", "boundary_ratio"
+        if second is None:
             given, wanted = wanted, given
         text = f'"{given}" is given without "{wanted}": two experts need both'
-        findings.append(
-            Finding.at(document.key_origin((given,)), "error", "missing-key", text, path=(given,))
-        )
+        origin = document.key_origin((given,))
+        findings.append(Finding.at(origin, "error", "missing-key", text, path=(given,)))
     return findings
+
+
+def _at_top_level(finding: Finding, document: Document) -> Finding:
+    """Name a key that was lent to the pipeline as it is written, so that it is not complained about twice."""
+    section, _, key = finding.path.partition(".")
+    lent = section == _PIPELINE[0] and key in PIPELINE_KEYS and not document.has((*_PIPELINE, key))
+    return replace(finding, path=key) if lent else finding
 
 
 def _as_note(finding: Finding) -> Finding:

@@ -15,7 +15,9 @@ _Condition: TypeAlias = Annotated[Any, Only(None, reason=_CONDITION)]
 
 
 class InferenceConfig(SectionModel):
-    """The top level of an inference file. Component sections are checked by their own config classes, as in training."""
+    """The top level of an inference file. Component sections are checked by their own config classes, as in
+    training.
+    """
 
     pipeline_class: Annotated[str, Field(min_length=1, description="Id of the sampling pipeline.")]
     prompt: Annotated[
@@ -42,7 +44,7 @@ class InferenceConfig(SectionModel):
     ] = "auto"
     pipeline_config: Annotated[
         dict[str, Any], Field(description="Settings of the pipeline, checked by its own config class.")
-    ] = {}
+    ] = Field(default_factory=dict)
     boundary_ratio: Annotated[
         float | None,
         Field(
@@ -64,7 +66,7 @@ class InferenceConfig(SectionModel):
     plugins: Annotated[
         list[str],
         Field(description="Distributions whose hooks take part though no component of theirs is used."),
-    ] = []
+    ] = Field(default_factory=list)
     task: Annotated[str, Only("t2v", reason="text-to-video is the only kind of generation yet")] = "t2v"
     patch: PatchConfig = Field(default_factory=PatchConfig)
 

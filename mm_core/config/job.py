@@ -1,10 +1,11 @@
-"""A training job: from flags and files to checked components (read, resolve, check, overwrite, check again)."""
+"""A training job: from flags and files to checked components (read, resolve, check, overwrite, check
+again).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
@@ -13,7 +14,6 @@ from mm_core.config import cross_checks as cross
 from mm_core.config.assemble import Assembly, used_plugins
 from mm_core.config.component import ComponentConfig
 from mm_core.config.data import DataConfig
-from mm_core.config.dataset import T2VDatasetConfig
 from mm_core.config.document import Document
 from mm_core.config.findings import ConfigError, Finding, has_errors, show, sort_findings
 from mm_core.config.flag_table import LaunchFlags
@@ -43,7 +43,8 @@ class TrainingJob:
     Attributes:
         model, data, tools, fsdp2: the files, validated; sections as hooks left them.
         flags: with the default global batch filled in.
-        components: `diffusion`, `predictor`, `ae`, `text_encoder` (or `text_encoder.0`, …), `dataset`, `task`.
+        components: `diffusion`, `predictor`, `ae`, `text_encoder` (or `text_encoder.0`, …), `dataset`,
+            `task`.
         findings: notes and warnings.
         plugins: (distribution, version) of everything in use.
         hooks: activated hooks of those.
@@ -66,8 +67,9 @@ class TrainingJob:
     def resolved(self) -> dict[str, Any]:
         """Return the whole configuration, JSON-able.
 
-        `values` has every value, defaults included, and is the same on every rank; `origins` says for each leaf where it was
-        written; `overwrites`, `plugins`, `findings` and `launch` (flags that differ between machines) complete it.
+        `values` has every value, defaults included, and is the same on every rank; `origins` says for each
+        leaf where it was written; `overwrites`, `plugins`, `findings` and `launch` (flags that differ
+        between machines) complete it.
         """
         model, data = plain(self.model), plain(self.data)
         for component in self.components.values():
@@ -112,10 +114,13 @@ def load_training_job(flags: TrainFlags, *, manager: PluginManager | None = None
     """
     assembly = Assembly(manager or default_manager())
     draft = _draft(flags, assembly, to_run=True)
-    findings = sort_findings(assembly.findings)
+    findings = sort_findings(assembly.findings, _file_order(flags))
     if has_errors(findings):
         raise ConfigError(findings)
-    assert draft.model and draft.data and draft.tools and draft.fsdp2
+    assert draft.model is not None
+    assert draft.data is not None
+    assert draft.tools is not None
+    assert draft.fsdp2 is not None
     return TrainingJob(
         draft.model,
         draft.data,
@@ -132,10 +137,16 @@ def load_training_job(flags: TrainFlags, *, manager: PluginManager | None = None
 
 
 def check_training_job(flags: TrainFlags, *, manager: PluginManager | None = None) -> tuple[Finding, ...]:
-    """Return the findings of a job, which need not be complete: files that no flag names are not asked for."""
+    """Return the findings of a job, which need not be complete: files that no flag names are not asked
+    for.
+    """
     assembly = Assembly(manager or default_manager())
     _draft(flags, assembly, to_run=False)
-    return sort_findings(assembly.findings)
+    return sort_findings(assembly.findings, _file_order(flags))
+
+
+def _file_order(flags: TrainFlags) -> tuple[str | None, ...]:
+    return (None, flags.mm_model, flags.mm_data, flags.mm_tool, flags.fsdp2_config_path)
 
 
 def _draft(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -> _Draft:
@@ -229,9 +240,9 @@ def _cross_checks(draft: _Draft, ranks: int, *, to_run: bool) -> list[Finding]:
         findings += cross.check_folders(models.values(), model)
         findings += cross.check_weights(models, model, load=flags.load, level="error" if to_run else "note")
         findings += cross.check_channels(models, model)
-    dataset = draft.components.get("dataset")
-    if data is not None and dataset is not None and isinstance(dataset.config, T2VDatasetConfig):
-        findings += _check_t2v(dataset.config, data)
+    if data is not None:
+        findings += cross.check_path(data, ("dataset_param", "basic_parameters", "data_path"), "file")
+        findings += cross.check_path(data, ("dataset_param", "tokenizer_config", "from_pretrained"), "folder")
     if draft.fsdp2 is not None:
         draft.fsdp2, found = _precision(draft, draft.fsdp2)
         findings += found
@@ -242,27 +253,20 @@ def _cross_checks(draft: _Draft, ranks: int, *, to_run: bool) -> list[Finding]:
     return findings
 
 
-def _check_t2v(config: T2VDatasetConfig, document: Document) -> list[Finding]:
-    findings = []
-    data_path = config.basic_parameters.data_path
-    if not Path(data_path).expanduser().is_file():
-        path: KeyPath = ("dataset_param", "basic_parameters", "data_path")
-        findings.append(cross.missing_path(document, path, data_path, "file"))
-    folder = config.tokenizer_config.from_pretrained
-    if not Path(folder).expanduser().is_dir():
-        path = ("dataset_param", "tokenizer_config", "from_pretrained")
-        findings.append(cross.missing_path(document, path, folder, "folder"))
-    return findings
-
-
 def _precision(draft: _Draft, fsdp2: Fsdp2Config) -> tuple[Fsdp2Config, list[Finding]]:
-    """Let `--bf16` fill param_dtype and reduce_dtype, and say that a predictor's own dtype does not decide."""
+    """Let `--bf16` fill param_dtype and reduce_dtype, and say that a predictor's own dtype does not
+    decide.
+    """
     findings: list[Finding] = []
     if draft.flags.bf16:
         if fsdp2.param_dtype is None:
-            fsdp2 = fsdp2.model_copy(
-                update={"param_dtype": "bf16", "reduce_dtype": fsdp2.reduce_dtype or "fp32"}
-            )
+            chosen = {"param_dtype": "bf16", "reduce_dtype": fsdp2.reduce_dtype or "fp32"}
+            fsdp2 = fsdp2.model_copy(update=chosen)
+            for name, value in chosen.items():
+                document = draft.documents["fsdp2"]
+                if not document.has((name,)):
+                    origin = draft.flags.origin("bf16")
+                    draft.documents["fsdp2"] = document.replaced((name,), value, origin)
         elif fsdp2.param_dtype != "bf16":
             origin = draft.documents["fsdp2"].origin(("param_dtype",))
             text = f"param_dtype is {show(fsdp2.param_dtype)}, but --bf16 is given"
@@ -278,6 +282,9 @@ def _precision(draft: _Draft, fsdp2: Fsdp2Config) -> tuple[Fsdp2Config, list[Fin
         and predictor.dtype not in (None, fsdp2.param_dtype or "fp32")
     ):
         path: KeyPath = (*predictor.path, "dtype")
-        text = f'"dtype" has no effect in training: param_dtype of fsdp2.yaml ({fsdp2.param_dtype or "fp32"}) decides'
+        text = (
+            '"dtype" has no effect in training: param_dtype of fsdp2.yaml '
+            f"({fsdp2.param_dtype or 'fp32'}) decides"
+        )
         findings.append(Finding.at(model.key_origin(path), "note", "no-effect", text, path=path))
     return fsdp2, findings

@@ -1,8 +1,8 @@
 """JSON with comments and trailing commas, and the place of every key and value.
 
-Comments and trailing commas are blanked with as many spaces, so that the standard parser reads the rest and its offsets
-stay true. A scan of the tokens, before, finds what the standard parser cannot place well: a missing comma belongs right
-after the previous value, a missing bracket to the one that was opened.
+Comments and trailing commas are blanked with as many spaces, so that the standard parser reads the rest and
+its offsets stay true. A scan of the tokens, before, finds what the standard parser cannot place well: a
+missing comma belongs right after the previous value, a missing bracket to the one that was opened.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from typing import Any, NamedTuple
 
 from mm_core.config.document import MAX_DEPTH, Document, syntax_error
-from mm_core.config.findings import show
+from mm_core.config.findings import clip, show
 from mm_core.config.origin import KeyPath, Origin
 
 _TOKEN = re.compile(
@@ -53,7 +53,8 @@ class _Reader:
     def fail(self, offset: int, message: str, suggestion: str = "") -> Exception:
         return syntax_error(self.path, message, *self.place(offset), suggestion)
 
-    # -- tokens ------------------------------------------------------------------------------------------------------
+    # -- tokens
+    # ------------------------------------------------------------------------------------------------------
 
     def tokens(self) -> tuple[list[Token], str]:
         """Return the tokens without comments and trailing commas, and the text with those blanked."""
@@ -112,14 +113,16 @@ class _Reader:
             return self.fail(start, "this comment has no end", "Add */ where it ends")
         return self.fail(start, f"unexpected character {show(char)}")
 
-    # -- structure ---------------------------------------------------------------------------------------------------
+    # -- structure
+    # ---------------------------------------------------------------------------------------------------
 
     def structure(self, tokens: list[Token]) -> tuple[dict[KeyPath, Origin], dict[KeyPath, Origin]]:
         """Check the order of tokens and return the places of values and of keys, by path."""
         origins: dict[KeyPath, Origin] = {}
         keys: dict[KeyPath, Origin] = {}
         stack: list[tuple[Token, KeyPath, set[str]]] = []
-        expect = "value"  # "value", "first" (key/value or closing), "key", "colon", "next" (comma or closing), "end"
+        # "value", "first" (key/value or closing), "key", "colon", "next" (comma or closing), "end"
+        expect = "value"
         path: KeyPath = ()
         index: list[int] = []
         for position, token in enumerate(tokens):
@@ -133,7 +136,7 @@ class _Reader:
                 if token.kind != ":":
                     assert before is not None
                     raise self.fail(
-                        before.end, f"missing ':' after the key {before.text}", 'Write "key": value'
+                        before.end, f"missing ':' after the key {clip(before.text)}", 'Write "key": value'
                     )
                 expect = "value"
                 continue
@@ -192,11 +195,13 @@ class _Reader:
         if token.kind == "atom":
             if _ATOM.match(token.text):
                 mend = "Use [ ] for a list"
-                raise self.fail(token.start, f"found {token.text} where a key in double quotes belongs", mend)
-            mend = f'Write "{token.text}"'
-            raise self.fail(token.start, f"the key {token.text} needs double quotes", mend)
+                raise self.fail(
+                    token.start, f"found {clip(token.text)} where a key in double quotes belongs", mend
+                )
+            mend = f'Write "{clip(token.text)}"'
+            raise self.fail(token.start, f"the key {clip(token.text)} needs double quotes", mend)
         if token.kind != "string":
-            raise self.fail(token.start, f"found {token.text} where a key in double quotes belongs")
+            raise self.fail(token.start, f"found {clip(token.text)} where a key in double quotes belongs")
         try:
             name = json.loads(token.text)
         except json.JSONDecodeError as error:
@@ -206,7 +211,9 @@ class _Reader:
         if name in seen:
             first = keys[path]
             raise self.fail(
-                token.start, f'duplicate key "{name}", first given at line {first.line}', "Remove one of them"
+                token.start,
+                f'duplicate key "{clip(name)}", first given at line {first.line}',
+                "Remove one of them",
             )
         seen.add(name)
         keys[path] = self.origin(token.start)
@@ -221,17 +228,23 @@ class _Reader:
         elif token.kind == "atom" and not _ATOM.match(token.text):
             word = token.text
             if word.lstrip("+-") in ("NaN", "Infinity", "nan", "inf", "Inf"):
-                raise self.fail(token.start, f"{word} is no number that JSON knows", "Write a finite number")
+                raise self.fail(
+                    token.start, f"{clip(word)} is no number that JSON knows", "Write a finite number"
+                )
             if word in _PYTHON_WORDS:
-                raise self.fail(token.start, f"{word} is not JSON", f"Write {_PYTHON_WORDS[word]}")
+                raise self.fail(token.start, f"{clip(word)} is not JSON", f"Write {_PYTHON_WORDS[word]}")
             if re.match(r"[+-]?[\d.]", word):
-                raise self.fail(token.start, f"{word} is not a number as JSON writes it", _number_hint(word))
-            raise self.fail(token.start, f"the text {word} needs double quotes", f'Write "{word}"')
+                raise self.fail(
+                    token.start, f"{clip(word)} is not a number as JSON writes it", _number_hint(word)
+                )
+            raise self.fail(
+                token.start, f"the text {clip(word)} needs double quotes", f'Write "{clip(word)}"'
+            )
         elif token.kind in (",", ":", "}", "]"):
             at = before.end if before else token.start
             if inside == "[" and token.kind == ",":
                 raise self.fail(token.start, "a comma too many", "Remove it")
-            raise self.fail(at, f"a value is missing before {token.text}")
+            raise self.fail(at, f"a value is missing before {clip(token.text)}")
 
     def _bad_string(self, token: Token, error: json.JSONDecodeError) -> Exception:
         at = token.start + error.pos
@@ -246,14 +259,15 @@ class _Reader:
         wanted = _CLOSING[opened.kind]
         return self.fail(
             token.start,
-            f"'{token.text}' closes the '{opened.kind}' of line {line}, column {column}; expected '{wanted}'",
+            f"'{clip(token.text)}' closes the '{opened.kind}' of line {line}, column {column}; "
+            f"expected '{wanted}'",
             f"Write '{wanted}', or add the missing one before",
         )
 
     def _missing_comma(self, token: Token, before: Token, inside: str) -> Exception:
         if token.kind == ":" and before.kind in ("string", "atom"):
             return self.fail(token.start, "':' stands where ',' or a closing bracket belongs")
-        what = f"the next key {token.text}" if inside == "{" else f"the next value {show(token.text)}"
+        what = f"the next key {clip(token.text)}" if inside == "{" else f"the next value {show(token.text)}"
         return self.fail(before.end, f"missing ',' between this value and {what}", "Add a comma here")
 
     def _early_end(self, tokens: list[Token], stack: list[tuple[Token, KeyPath, set[str]]]) -> Exception:
@@ -265,7 +279,8 @@ class _Reader:
         closing = _CLOSING[opened.kind]
         return self.fail(
             end,
-            f"the file ends before '{closing}': '{opened.kind}' of line {line}, column {column} is not closed",
+            f"the file ends before '{closing}': '{opened.kind}' of line {line}, column {column} is "
+            "not closed",
             f"Add '{closing}' here",
         )
 
@@ -285,7 +300,9 @@ def _number_hint(word: str) -> str:
 
 
 def parse_json(text: str, path: str) -> Document:
-    """Parse JSON with comments and trailing commas. Raises ConfigError with the place of the first mistake."""
+    """Parse JSON with comments and trailing commas. Raises ConfigError with the place of the first
+    mistake.
+    """
     reader = _Reader(text, path)
     tokens, blanked = reader.tokens()
     origins, keys = reader.structure(tokens)

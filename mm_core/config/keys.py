@@ -26,7 +26,8 @@ from mm_core.config.findings import show
 class NoEffect:
     """The key is accepted and does nothing here: a note with `reason` when the user writes it.
 
-    `quiet_for` are values that deserve no note, because they ask for nothing (`NoEffect("…", quiet_for=(False,))`).
+    `quiet_for` are values that deserve no note, because they ask for nothing (`NoEffect("…",
+    quiet_for=(False,))`).
     """
 
     reason: str
@@ -35,7 +36,9 @@ class NoEffect:
 
 @dataclass(frozen=True, slots=True)
 class Legacy:
-    """An old spelling: a warning, and the value moves to the field `new`. Declare the field `… | None = None`."""
+    """An old spelling: a warning, and the value moves to the field `new`. Declare the field `… | None =
+    None`.
+    """
 
     new: str
 
@@ -44,7 +47,8 @@ class Only:
     """Every value but these is refused, because honouring or ignoring it would change the mathematics.
 
     Args:
-        values: the accepted values, compared by type and value (True is not 1). None alone: the key is known and refused.
+        values: the accepted values, compared by type and value (True is not 1). None alone: the key is
+            known and refused.
         reason: why others are refused and what to do instead; a part of a sentence.
     """
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from mm_core.config.document import Document
-from mm_core.config.findings import Finding, did_you_mean, show
+from mm_core.config.findings import Finding, clip, did_you_mean, show
 from mm_core.config.origin import KeyPath, dotted
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def describe_errors(
 
 def _place(detail: ErrorDetails, data: Any, renamed: Mapping[str, str]) -> KeyPath:
     """Return the path of an error inside `data`, leaving out the names of union branches."""
-    node, path = data, []
+    node = data
+    path: list[str | int] = []
     location = list(detail["loc"])
     for index, part in enumerate(location):
         if isinstance(part, str) and isinstance(node, Mapping):
@@ -123,7 +124,7 @@ def _describe(
 
     path = (*base, *place)
     first = details[0]
-    key = _name(place) if place else label
+    key = clip(_name(place)) if place else label
     kinds = {detail["type"] for detail in details}
     if kinds == {"extra_forbidden"}:
         known = list(also_known) if len(place) == 1 else []
@@ -141,7 +142,10 @@ def _describe(
         )
     wanted = first["loc"][-1] if first["loc"] else None
     if kinds == {"missing"} and isinstance(wanted, int):
-        text = f'"{key}" is {show(document.value(path))}: it needs more than {wanted} item{"s" if wanted != 1 else ""}'
+        text = (
+            f'"{key}" is {show(document.value(path))}: it needs more than {wanted} '
+            f"item{'s' if wanted != 1 else ''}"
+        )
         return Finding.at(document.origin(path), "error", "out-of-range", text, path=path)
     if kinds == {"missing"}:
         owner = label if len(place) == 1 else _inside(label, place[:-1])
@@ -183,7 +187,7 @@ def _name(place: KeyPath) -> str:
 
 
 def _inside(label: str, place: KeyPath) -> str:
-    return f"{dotted(place)} of {label}" if place else label
+    return f"{clip(dotted(place))} of {label}" if place else label
 
 
 def _expected(detail: ErrorDetails) -> str:

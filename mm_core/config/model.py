@@ -14,7 +14,8 @@ _LORA = "LoRA is not available yet"
 class ModelConfig(SectionModel):
     """The top level of a diffusion model's training file.
 
-    The component sections stay plain data here: each is checked by the config class that the component's distribution registers.
+    The component sections stay plain data here: each is checked by the config class that the component's
+    distribution registers.
     """
 
     load_video_features: Annotated[
@@ -34,7 +35,7 @@ class ModelConfig(SectionModel):
     plugins: Annotated[
         list[str],
         Field(description="Distributions whose hooks take part though no component of theirs is used."),
-    ] = []
+    ] = Field(default_factory=list)
     diffusion: Annotated[dict[str, Any], Field(description="Noise schedule and loss.")]
     predictor: Annotated[dict[str, Any], Field(description="The network that is trained.")]
     ae: Annotated[dict[str, Any], Field(description="Autoencoder between pixels and latents, frozen.")]

@@ -15,8 +15,8 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 class Origin:
     """Where one value was written.
 
-    `line` and `column` count from 1, as editors do. `detail` is the flag's spelling, the environment variable's name or
-    the distribution (with its version) whose hook wrote the value.
+    `line` and `column` count from 1, as editors do. `detail` is the flag's spelling, the environment
+    variable's name or the distribution (with its version) whose hook wrote the value.
     """
 
     kind: OriginKind

@@ -45,8 +45,9 @@ def apply_patches(
 ) -> tuple[Document, list[Overwrite], list[Finding]]:
     """Apply the patches of all hooks to one section.
 
-    Two hooks that want different values for one path, and a hook against a value that the user wrote, are errors, unless one
-    patch is `required`: then it holds, and a note tells. Equal values are no conflict. No hook may change the component itself.
+    Two hooks that want different values for one path, and a hook against a value that the user wrote, are
+    errors, unless one patch is `required`: then it holds, and a note tells. Equal values are no conflict.
+    No hook may change the component itself.
     """
     findings: list[Finding] = []
     accepted: dict[KeyPath, _Change] = {}
@@ -62,7 +63,10 @@ def apply_patches(
                 accepted[change.path] = change
             elif rival.path != change.path or rival.value != change.value:
                 if provided.patch.required == rival.patch.patch.required:
-                    what = f"two hooks want different values: {show(rival.value)} ({rival.by}) and {show(value)} ({by})"
+                    what = (
+                        f"two hooks want different values: {show(rival.value)} ({rival.by}) and "
+                        f"{show(value)} ({by})"
+                    )
                     findings.append(_error(document, change, what))
                 elif provided.patch.required:
                     del accepted[rival.path]

@@ -1,4 +1,6 @@
-"""Components of a job while it is read: found in the files, resolved by metadata, checked, patched by hooks."""
+"""Components of a job while it is read: found in the files, resolved by metadata, checked, patched by
+hooks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pydantic import BaseModel
 
 from mm_core.config.component import WITH_WEIGHTS, ComponentConfig, IdKeys, WeightKeys
 from mm_core.config.document import Document
-from mm_core.config.findings import Finding
+from mm_core.config.findings import Finding, show
 from mm_core.config.origin import KeyPath, dotted
 from mm_core.config.section import SectionModel, check_section
 from mm_registry.errors import RegistryError, UnknownIdError
@@ -47,7 +49,9 @@ class Part:
 def find_part(
     document: Document, name: str, role: str, path: KeyPath, id_key: str = "model_id"
 ) -> tuple[Part | None, list[Finding]]:
-    """Return the part at `path`, or what is wrong with its id. An absent section is no part and no finding."""
+    """Return the part at `path`, or what is wrong with its id. An absent section is no part and no
+    finding.
+    """
     if not document.has(path):
         return None, []
     section = document.value(path)
@@ -61,13 +65,17 @@ def find_part(
         mend = f'Add "{id_key}"; `mm list` shows the ids'
         return None, [Finding.at(origin, "error", "missing-key", message, path=id_path, suggestion=mend)]
     if not isinstance(value, str) or not value:
-        checked = check_section(IdKeys, document, path, data={"model_id": value})
-        return None, [replace(finding, path=dotted(id_path)) for finding in checked.findings]
+        text = f'"{id_key}" is {show(value)}, expected an id in quotes'
+        mend = "`mm list` shows the ids"
+        origin = document.origin(id_path)
+        return None, [Finding.at(origin, "error", "wrong-type", text, path=id_path, suggestion=mend)]
     return Part(name, role, path, id_path, value), []
 
 
 def find_parts(document: Document, sections: Sequence[tuple[str, str]]) -> tuple[list[Part], list[Finding]]:
-    """Return the parts of several sections (key, role); a list of sections gives one for each item, `key.0`, …"""
+    """Return the parts of several sections (key, role); a list of sections gives one for each item, `key.0`,
+    …
+    """
     parts: list[Part] = []
     findings: list[Finding] = []
     for key, role in sections:

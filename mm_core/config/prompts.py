@@ -6,11 +6,13 @@ from pathlib import Path
 
 from mm_core.config.cross_checks import missing_path
 from mm_core.config.document import Document
-from mm_core.config.findings import Finding, show
+from mm_core.config.findings import Finding
 
 
 def read_prompts(value: str | list[str], document: Document) -> tuple[tuple[str, ...], list[Finding]]:
-    """Return the prompts. A text that looks like a path must be a file: a mistyped path is never taken for a prompt."""
+    """Return the prompts. A text that looks like a path must be a file: a mistyped path is never taken for a
+    prompt.
+    """
     path = ("prompt",)
     origin = document.origin(path)
     if isinstance(value, list):
@@ -22,11 +24,11 @@ def read_prompts(value: str | list[str], document: Document) -> tuple[tuple[str,
         try:
             lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            text = f"{show(value)} cannot be read as UTF-8 text: {error}"
+            text = f'"{value}" cannot be read as UTF-8 text: {error}'
             return (), [Finding.at(origin, "error", "unreadable", text, path=path)]
         texts = [line.strip() for line in lines if line.strip()]
         if not texts:
-            return (), [Finding.at(origin, "error", "no-prompt", f"{show(value)} holds no prompt", path=path)]
+            return (), [Finding.at(origin, "error", "no-prompt", f'"{value}" holds no prompt', path=path)]
     else:
         texts = [value.strip()]
     if not all(texts):

@@ -47,11 +47,12 @@ def invalid(key: str, why: str) -> PydanticCustomError:
 class SectionModel(BaseModel):
     """A section of a configuration file; plugins derive their config classes from it.
 
-    Unknown keys are errors. Scalars are strict: "128" is no int, 1 is no bool, 40.0 is no int; an int is accepted for a
-    float; NaN and infinity are not. JSON lists are accepted for tuples. Instances are immutable.
-    The kind of a key is said by the markers of `mm_core.config.keys`.
+    Unknown keys are errors. Scalars are strict: "128" is no int, 1 is no bool, 40.0 is no int; an int is
+    accepted for a float; NaN and infinity are not. JSON lists are accepted for tuples. Instances are
+    immutable. The kind of a key is said by the markers of `mm_core.config.keys`.
 
-    A component without parameters (a fixed transform) sets `has_weights = False`, so that nobody asks where its weights are.
+    A component without parameters (a fixed transform) sets `has_weights = False`, so that nobody asks where
+    its weights are.
     """
 
     has_weights: ClassVar[bool] = True
@@ -87,7 +88,9 @@ class SectionModel(BaseModel):
         return result
 
     def effective(self) -> dict[str, Any]:
-        """Return the fields that do something, as plain data (nested sections as dicts), defaults included."""
+        """Return the fields that do something, as plain data (nested sections as dicts), defaults
+        included.
+        """
         return _effective(self)
 
 
@@ -173,7 +176,9 @@ def section_for(candidates: list[type[BaseModel]], data: Mapping[str, Any]) -> t
 def walk_sections(
     cls: type[BaseModel], data: Any, path: KeyPath
 ) -> Iterator[tuple[type[BaseModel], Mapping[str, Any], KeyPath]]:
-    """Yield (class, data, path) of a section and of every section inside it, as far as the data has their shape."""
+    """Yield (class, data, path) of a section and of every section inside it, as far as the data has their
+    shape.
+    """
     if not isinstance(data, Mapping):
         return
     yield cls, data, path

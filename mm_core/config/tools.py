@@ -49,7 +49,7 @@ class ProfileConfig(SectionModel):
     profile_type: Literal["static", "dynamic"] = "static"
     ranks: Annotated[
         list[Annotated[int, Field(ge=-1)]], Field(min_length=1, description="Ranks to profile; -1 is all.")
-    ] = [0]
+    ] = Field(default_factory=lambda: [0])
     static_param: StaticProfileConfig = Field(default_factory=StaticProfileConfig)
     dynamic_param: DynamicProfileConfig = Field(default_factory=DynamicProfileConfig)
 
@@ -67,7 +67,7 @@ class MemoryProfileConfig(SectionModel):
     start_step: Annotated[int, Field(ge=0)] = 0
     end_step: Annotated[int, Field(ge=1)] = 2
     save_path: str = "./memory_snapshot"
-    dump_ranks: list[Annotated[int, Field(ge=-1)]] = [0]
+    dump_ranks: list[Annotated[int, Field(ge=-1)]] = Field(default_factory=lambda: [0])
     stacks: Literal["python", "all"] = "all"
     max_entries: Annotated[int, Field(ge=1)] | None = None
     mem_info: bool = False

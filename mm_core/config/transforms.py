@@ -26,8 +26,8 @@ Size: TypeAlias = Literal["auto"] | TransformSize | tuple[PositiveInt, PositiveI
 
 
 class ResizeVideoParam(SectionModel):
-    """`resize` gives exactly the size. The others keep the aspect ratio: `shortside` covers the size, `longside` fits into it, `hxw`
-    shrinks to its area.
+    """`resize` gives exactly the size. The others keep the aspect ratio: `shortside` covers the size,
+    `longside` fits into it, `hxw` shrinks to its area.
     """
 
     transform_size: Size = "auto"

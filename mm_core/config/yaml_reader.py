@@ -9,7 +9,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from mm_core.config.document import MAX_DEPTH, Document, syntax_error
-from mm_core.config.findings import ConfigError, show
+from mm_core.config.findings import ConfigError, clip, show
 from mm_core.config.origin import KeyPath, Origin
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -18,7 +18,7 @@ _TAG = "tag:yaml.org,2002:"
 _FLOAT = re.compile(r"[-+]?(?:\d[\d_]*)(?:\.\d*)?[eE][-+]?\d+\Z")
 _SEXAGESIMAL = re.compile(r"[-+]?\d+(?::[0-5]?\d)+")
 #: Aliases can be nested so that a short file expands to billions of values.
-_MAX_VALUES = 200_000
+_MAX_VALUES = 20_000
 
 
 class _Builder:
@@ -75,7 +75,7 @@ class _Builder:
                 first = self.keys[(*path, name)]
                 raise self.fail(
                     key_node,
-                    f'duplicate key "{name}", first given at line {first.line}',
+                    f'duplicate key "{clip(name)}", first given at line {first.line}',
                     "Remove one of them",
                 )
             result[name] = None
@@ -149,12 +149,12 @@ def parse_yaml(text: str, path: str) -> Document:
             if isinstance(event, yaml.CollectionStartEvent):
                 depth += 1
                 if depth > MAX_DEPTH:
-                    mark = event.start_mark
+                    begin: Any = event.start_mark
                     raise syntax_error(
                         path,
                         f"objects and lists are nested more than {MAX_DEPTH} deep",
-                        mark.line + 1,
-                        mark.column + 1,
+                        begin.line + 1,
+                        begin.column + 1,
                     )
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1

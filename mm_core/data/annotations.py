@@ -131,7 +131,7 @@ def _items(text: str, path: Path) -> Iterator[tuple[int, Any]]:
         at = _skip(text, end)
         if not is_list:
             if at < len(text) and "\n" not in text[end:at]:
-                raise _json_error(path, text, at, "JSON Lines hold one object a line; expected a line break")
+                raise _json_error(path, text, at, "expected a line break: JSON Lines hold one object a line")
             continue
         if text[at : at + 1] == ",":
             at = _skip(text, at + 1)

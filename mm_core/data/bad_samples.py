@@ -18,8 +18,8 @@ class BadSamples:
 
     Args:
         size: samples in the set.
-        limit: how many may be unreadable before it is an error: a number (int), or a share of the set (float),
-            which allows at least one unless it is 0.
+        limit: how many may be unreadable before it is an error: a number (int), or a share of the set
+            (float), which allows at least one unless it is 0.
         what: the set, for messages.
     """
 

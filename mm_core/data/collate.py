@@ -38,7 +38,7 @@ def collate(items: Sequence[Item]) -> Batch:
 def _different_shapes(key: str, shapes: list[tuple[int, ...]], files: list[str]) -> DataError:
     other = next(i for i, shape in enumerate(shapes) if shape != shapes[0])
     return DataError(
-        f"{key} of {files[0]} is {list(shapes[0])}, but of {files[other]} {list(shapes[other])}, and both are "
-        "in one micro batch; make all clips one size (force_resolution true, drop_short_ratio 1.0) or set "
-        "--micro-batch-size 1"
+        f"{key} of {files[0]} is {list(shapes[0])}, but of {files[other]} {list(shapes[other])}, and both "
+        "are in one micro batch; make all clips one size (force_resolution true, drop_short_ratio 1.0) or "
+        "set --micro-batch-size 1"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -150,3 +151,5 @@ def _start_worker(worker: int) -> None:
     # The tokenizers library warns about every fork otherwise; one caption at a time needs no threads.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+    # A scheduler sends SIGTERM to every process of a job; the trainer saves and then ends its workers itself.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

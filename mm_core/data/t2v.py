@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,15 @@ class T2VDataset(Dataset[dict[str, Any]]):
             return cached
         indices = [annotation.first_frame + frame for frame in frames]
         decoded = read_frames(annotation.path, indices, threads=_decoder_threads())
-        pieces = [self._transform(_crop(piece, annotation)) for piece in _stacked(decoded, _FRAMES_AT_ONCE)]
-        clip = torch.cat(pieces).permute(1, 0, 2, 3).contiguous()  # [T, 3, H, W] -> [3, T, H, W]
+        clip: Tensor | None = None
+        done = 0
+        for frames_at_once in _stacked(decoded, _FRAMES_AT_ONCE):
+            piece = self._transform(_crop(frames_at_once, annotation))  # [t, 3, H, W]
+            if clip is None:
+                clip = torch.empty(3, len(indices), *piece.shape[-2:])
+            clip[:, done : done + len(piece)] = piece.permute(1, 0, 2, 3)
+            done += len(piece)
+        assert clip is not None, "a clip has at least one frame"
         self._cache.put(cache_key, clip)
         return clip
 
@@ -246,15 +254,9 @@ def _chance(seed: int, purpose: str, index: int) -> float:
 
 
 def _stacked(frames: Iterator[Tensor], at_once: int) -> Iterator[Tensor]:
-    """Stack frames `[3, H, W]` to pieces `[T, 3, H, W]` of at most `at_once`."""
-    piece: list[Tensor] = []
-    for frame in frames:
-        piece.append(frame)
-        if len(piece) == at_once:
-            yield torch.stack(piece)
-            piece = []
-    if piece:
-        yield torch.stack(piece)
+    """Stack frames `[3, H, W]` to pieces `[T, 3, H, W]` of at most `at_once`, channels last in memory."""
+    while piece := list(islice(frames, at_once)):
+        yield torch.stack([frame.permute(1, 2, 0) for frame in piece]).permute(0, 3, 1, 2)
 
 
 def _crop(piece: Tensor, annotation: Annotation) -> Tensor:

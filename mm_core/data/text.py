@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import html
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,22 +13,12 @@ from mm_core.data.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
-
-@cache
-def _fix_text() -> Callable[[str], str]:
-    """ftfy's repair of wrongly decoded text where it is installed, as diffusers' Wan pipeline does."""
-    if find_spec("ftfy") is not None:
-        fix: Callable[[str], str] = import_module("ftfy").fix_text
-        return fix
-    logger.info("ftfy is not installed: basic_clean does not repair wrongly decoded text")
-    return str
-
 
 def basic_clean(text: str) -> str:
-    """Repair wrongly decoded characters (needs ftfy), resolve HTML entities twice, strip."""
-    return html.unescape(html.unescape(_fix_text()(text))).strip()
+    """Repair wrongly decoded characters, resolve HTML entities twice, strip: what diffusers' Wan pipeline does to prompts."""
+    import ftfy  # its tables take a while to load, and only some jobs clean
+
+    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
 
 
 def whitespace_clean(text: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from mm_core.data.resolution import ResolutionRule, shrink_to_area
 Transform = Callable[[Tensor], Tensor]
 Size = tuple[int, int]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
+ResizeMode = Literal["resize", "shortside", "longside", "hxw"]
 
 
 def to_tensor_video(clip: Tensor) -> Tensor:
@@ -35,65 +36,91 @@ def to_tensor_video(clip: Tensor) -> Tensor:
 
 
 def norm_fun(clip: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """`norm_fun`: (x − mean) / std for each of the three channels of a float clip."""
+    """`norm_fun`: (x − mean) / std for each channel, in place (`to_tensor_video` has made a new clip)."""
     shape = (1, -1, 1, 1)
-    return (clip - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    return clip.sub_(torch.tensor(mean).view(shape)).div_(torch.tensor(std).view(shape))
 
 
 def resize(
-    clip: Tensor, size: Size, *, interpolation_mode: Interpolation = "bilinear", antialias: bool = True
+    clip: Tensor,
+    size: Size,
+    *,
+    interpolation_mode: Interpolation = "bilinear",
+    antialias: bool = True,
+    align_corners: bool = False,
 ) -> Tensor:
-    """Scale the frames to exactly `size` = (height, width); a uint8 clip stays uint8, rounded."""
+    """Scale the frames to exactly `size` = (height, width); a uint8 clip stays uint8, rounded.
+
+    In 8 bits and with channels last in memory, as frames are decoded, torch has vectorised kernels.
+    """
     if tuple(clip.shape[-2:]) == tuple(size):
         return clip
     smooth = interpolation_mode != "nearest"
-    scaled = F.interpolate(
-        clip.float(),
+    return F.interpolate(
+        clip,
         size=size,
         mode=interpolation_mode,
-        align_corners=False if smooth else None,
+        align_corners=align_corners if smooth else None,
         antialias=antialias and smooth,
     )
-    return scaled.round_().clamp_(0, 255).to(torch.uint8) if clip.dtype == torch.uint8 else scaled
+
+
+def resized(height: int, width: int, mode: ResizeMode, size: Size, area: int) -> Size:
+    """Return the (height, width) that `ResizeVideo` gives frames of another size.
+
+    Args:
+        mode: "resize" gives `size`; the others keep the ratio: "shortside" covers `size`, "longside" fits
+            into it, "hxw" shrinks to at most `area` pixels.
+    """
+    if mode == "resize":
+        return size
+    if mode == "hxw":
+        return shrink_to_area(height, width, area)
+    scales = (size[0] / height, size[1] / width)
+    scale = max(scales) if mode == "shortside" else min(scales)
+    # In floating point height · (h / height) can be a hair under h.
+    return max(1, int(height * scale + 1e-6)), max(1, int(width * scale + 1e-6))
 
 
 def resize_video(
     clip: Tensor,
     size: Size,
+    area: int,
     *,
-    mode: Literal["shortside", "resize"] = "shortside",
-    interpolation_mode: Interpolation = "bilinear",
-    antialias: bool = True,
+    mode: ResizeMode,
+    skip_low_resolution: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """`ResizeVideo`: scale to exactly `size` ("resize"), or keep the ratio and cover it ("shortside")."""
+    """`ResizeVideo`: scale as `resized` says.
+
+    Args:
+        skip_low_resolution: with "shortside" and "longside", leave frames that already fit into `size`.
+        options: those of `resize`.
+    """
     height, width = clip.shape[-2:]
-    if mode == "shortside":
-        scale = max(size[0] / height, size[1] / width)
-        # In floating point height · (h / height) can be a hair under h.
-        size = (int(height * scale + 1e-6), int(width * scale + 1e-6))
-    return resize(clip, size, interpolation_mode=interpolation_mode, antialias=antialias)
+    fits = height <= size[0] and width <= size[1]
+    if skip_low_resolution and fits and mode in ("shortside", "longside"):
+        return clip
+    return resize(clip, resized(height, width, mode, size, area), **options)
 
 
 def center_crop_resize_video(
-    clip: Tensor,
-    size: Size,
-    *,
-    top_crop: bool = False,
-    interpolation_mode: Interpolation = "bilinear",
-    antialias: bool = True,
+    clip: Tensor, size: Size, *, use_short_edge: bool = False, top_crop: bool = False, **options: Any
 ) -> Tensor:
     """`CenterCropResizeVideo`: cut the largest part that has the ratio of `size`, then scale it to `size`.
 
-    The part is cut from the middle, or with `top_crop` from the top of the horizontal middle.
+    Args:
+        use_short_edge: cut the largest square instead.
+        top_crop: cut from the top instead of the vertical middle.
+        options: those of `resize`.
     """
     height, width = clip.shape[-2:]
-    ratio = size[0] / size[1]
+    ratio = 1.0 if use_short_edge else size[0] / size[1]
     if height / width > ratio:
         part = (max(1, int(width * ratio + 1e-6)), width)
     else:
         part = (height, max(1, int(height / ratio + 1e-6)))
-    cut = clip[..., : part[0], :] if top_crop else clip
-    return resize(center_crop(cut, part), size, interpolation_mode=interpolation_mode, antialias=antialias)
+    return resize(center_crop(clip[..., : part[0], :] if top_crop else clip, part), size, **options)
 
 
 def center_crop(clip: Tensor, size: Size) -> Tensor:
@@ -103,10 +130,8 @@ def center_crop(clip: Tensor, size: Size) -> Tensor:
     return clip[..., top : top + size[0], left : left + size[1]]
 
 
-def shrink_and_align(clip: Tensor, area: int, stride: int) -> Tensor:
-    """Keep the ratio: scale down to at most `area` pixels, then cut the sides to multiples of `stride`."""
-    height, width = clip.shape[-2:]
-    clip = resize(clip, shrink_to_area(height, width, area))
+def align(clip: Tensor, stride: int) -> Tensor:
+    """Cut the sides, from the middle, to multiples of `stride`."""
     height, width = clip.shape[-2:]
     return center_crop(clip, (height // stride * stride, width // stride * stride))
 
@@ -138,22 +163,18 @@ def build_pipeline(steps: Sequence[TransformConfig] | None, rule: ResolutionRule
 
 
 def _default_steps(rule: ResolutionRule) -> list[Transform]:
-    normalize = partial(norm_fun, mean=[0.5] * 3, std=[0.5] * 3)
-    if not rule.force_resolution:
-        return [
-            to_tensor_video,
-            partial(shrink_and_align, area=rule.max_area, stride=rule.hw_stride),
-            normalize,
-        ]
     size = (rule.max_height, rule.max_width)
-    return [to_tensor_video, partial(resize_video, size=size), partial(center_crop, size=size), normalize]
+    mode: ResizeMode = "shortside" if rule.force_resolution else "hxw"
+    scale = partial(resize_video, size=size, area=rule.max_area, mode=mode, antialias=True)
+    cut = partial(center_crop, size=size) if rule.force_resolution else partial(align, stride=rule.hw_stride)
+    return [scale, cut, to_tensor_video, partial(norm_fun, mean=[0.5] * 3, std=[0.5] * 3)]
 
 
 def _run(steps: Sequence[Transform], clip: Tensor) -> Tensor:
     for step in steps:
         clip = step(clip)
     # Bicubic scaling overshoots at edges.
-    return clip.clamp(-1.0, 1.0).contiguous()
+    return clip.clamp_(-1.0, 1.0)
 
 
 def _step(step: TransformConfig, index: int, rule: ResolutionRule) -> Transform:
@@ -161,19 +182,21 @@ def _step(step: TransformConfig, index: int, rule: ResolutionRule) -> Transform:
         return to_tensor_video
     if isinstance(step, NormalizeConfig):
         return _normalize(step, index)
-    size = _size(step.param.transform_size, rule)
-    function: Transform
+    size, area = _target(step.param.transform_size, rule)
+    options = step.param.model_dump(exclude={"transform_size"})
     if isinstance(step, ResizeVideoConfig):
-        function = partial(resize_video, size=size, mode=step.param.mode)
-    else:
-        function = partial(center_crop_resize_video, size=size, top_crop=step.param.top_crop)
-    return partial(function, interpolation_mode=step.param.interpolation_mode, antialias=step.param.antialias)
+        return partial(resize_video, size=size, area=area, **options)
+    return partial(center_crop_resize_video, size=size, **options)
 
 
-def _size(value: Literal["auto"] | TransformSize, rule: ResolutionRule) -> Size:
+def _target(value: Literal["auto"] | TransformSize | Size, rule: ResolutionRule) -> tuple[Size, int]:
+    """The (height, width) and the area that a `transform_size` means."""
+    if value == "auto":
+        return (rule.max_height, rule.max_width), rule.max_area
     if isinstance(value, TransformSize):
-        return value.max_height, value.max_width
-    return rule.max_height, rule.max_width
+        size = (value.max_height, value.max_width)
+        return size, value.max_hxw or size[0] * size[1]
+    return (value[0], value[1]), value[0] * value[1]
 
 
 def _normalize(step: NormalizeConfig, index: int) -> Transform:

@@ -172,7 +172,7 @@ def _to_tensor(frame: av.VideoFrame, path: str | os.PathLike[str]) -> Tensor:
         raise UnreadableSampleError(path, f"the frame at {frame.time} s is damaged")
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)  # [3, H, W]
     quarters = round(frame.rotation / 90)  # counter-clockwise
-    return torch.rot90(pixels, quarters, dims=(1, 2)).contiguous()
+    return torch.rot90(pixels, quarters, dims=(1, 2)) if quarters % 4 else pixels
 
 
 def _frame_rate(stream: VideoStream, path: str | os.PathLike[str]) -> float:

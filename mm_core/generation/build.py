@@ -12,8 +12,9 @@ from torch import nn
 from mm_core.accelerator import parse_dtype
 from mm_core.models.factory import build_sora_model
 from mm_core.models.precision import cast_parameters
+from mm_core.models.pretrained import load_predictor_folder
 from mm_core.models.sora import EXPERTS
-from mm_core.weights import is_hf_folder, load_hf_folder, load_module_weights, materialize, resolve_load
+from mm_core.weights import is_hf_folder, load_module_weights, materialize, resolve_load
 from mm_registry.errors import UserError
 from mm_registry.manager import default_manager
 
@@ -83,7 +84,7 @@ def _fill(
         return RANDOM
     path = Path(source).expanduser()
     if is_hf_folder(path):
-        load_hf_folder(module, path)
+        load_predictor_folder(module, path)
     else:
         path = resolve_load(path)
         # A run trains one expert, whichever of the two it is, under this name.

@@ -52,6 +52,9 @@ def write_video(path: str | Path, frames: Frames, fps: int | float | Fraction) -
     temporary = path.with_name(f".tmp-{path.stem}-{id(frames):x}.mp4")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: its folder cannot be made: {error}") from error
+    try:
         with av.open(str(temporary), mode="w", format="mp4", options={"movflags": "faststart"}) as container:
             stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width = frames.shape[1:3]

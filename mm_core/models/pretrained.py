@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from mm_core.weights import load_hf_folder
 from mm_registry.errors import UserError
 
 M = TypeVar("M", bound=torch.nn.Module)
@@ -69,3 +71,30 @@ def load_pretrained(
 def _dtype_argument(cls: type) -> str:
     from_diffusers = any(base.__module__.startswith("diffusers.") for base in cls.__mro__)
     return "torch_dtype" if from_diffusers else "dtype"
+
+
+def load_predictor_folder(module: torch.nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Load a Hugging Face folder into a predictor, sharded or not, after a look at the folder's config.json.
+
+    Shapes alone do not tell one network from another: with another number of heads or another epsilon the
+    same weights load and compute something else. A component that has `check_pretrained_config(config) ->
+    list[str]` is asked what differs.
+
+    Raises:
+        UserError: config.json and section disagree, or the weights do not fit.
+    """
+    path = Path(folder).expanduser()
+    file = path / "config.json"
+    check = getattr(module, "check_pretrained_config", None)
+    if callable(check) and file.is_file():
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+        differences = check(config)
+        if differences:
+            raise UserError(
+                f"predictor: the section does not describe the network in {str(folder)!r}: "
+                f"{'; '.join(differences)}"
+            )
+    load_hf_folder(module, path)

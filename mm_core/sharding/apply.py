@@ -1,4 +1,7 @@
-"""From a checked plan to a sharded module: recompute, FSDP2 from the inside out, prefetch. And back: which plan a module shows."""
+"""From a checked plan to a sharded module: recompute, FSDP2 from the inside out, prefetch.
+
+And back: which plan a module shows.
+"""
 
 from __future__ import annotations
 
@@ -49,8 +52,9 @@ def apply_plan(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> None:
         root: the module that the plan was built from, untouched since.
         mesh: 1-D (`dp_shard`) or 2-D (`dp_replicate`, `dp_shard`).
     """
-    # An in-place operation on such an output would lose its gradient. Nothing of ours does one, and every model's gradients are
-    # tested against the unsharded model; the line would greet every user of a final Linear.
+    # An in-place operation on such an output would lose its gradient. Nothing of ours does one, and every
+    # model's gradients are tested against the unsharded model; the line would greet every user of a final
+    # Linear.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     modules = dict(root.named_modules())  # names are resolved once, before any module is wrapped
     for path in plan.recompute:
@@ -73,7 +77,9 @@ def needs_sharding(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> boo
 
     Without that its hooks only cost time: 10 to 20 % of a step of a small model on a CPU.
     """
-    stored = {p.dtype for name, p in root.named_parameters() if bare_name(name) not in plan.ignored_parameters}
+    stored = {
+        p.dtype for name, p in root.named_parameters() if bare_name(name) not in plan.ignored_parameters
+    }
     dtypes = {plan.param_dtype, plan.reduce_dtype, plan.output_dtype} - {None}
     return mesh.size() > 1 or plan.offload_to_cpu or (bool(dtypes) and dtypes != stored)
 
@@ -81,8 +87,8 @@ def needs_sharding(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> boo
 def fsdp_settings(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> dict[str, Any]:
     """Keyword arguments of `torch.distributed.fsdp.fully_shard` for the units of a plan.
 
-    Units do not cast their inputs: the root has cast its own, and what it hands on it has given the dtype that it wants;
-    casting again would round RoPE tables to bf16.
+    Units do not cast their inputs: the root has cast its own, and what it hands on it has given the dtype
+    that it wants; casting again would round RoPE tables to bf16.
     """
     ignored = {p for name, p in root.named_parameters() if bare_name(name) in set(plan.ignored_parameters)}
     pin = plan.pin_memory and Accelerator.current().has_pinned_memory
@@ -192,7 +198,10 @@ def _input_cast(
 
 
 def _set_prefetch(root: nn.Module, units: list[nn.Module], plan: ShardingPlan) -> None:
-    """Ask for the next units in the order of execution. Without a number FSDP2's own choice stays: one ahead in backward."""
+    """Ask for the next units in the order of execution.
+
+    Without a number FSDP2's own choice stays: one ahead in backward.
+    """
     order = [root, *units]
     for i, module in enumerate(order):
         assert isinstance(module, FSDPModule)

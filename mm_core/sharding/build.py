@@ -1,4 +1,7 @@
-"""From a policy and fsdp2.yaml to a checked plan. Nothing is changed in the model, which may be on the meta device."""
+"""From a policy and fsdp2.yaml to a checked plan.
+
+Nothing is changed in the model, which may be on the meta device.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,9 @@ def build_plan(
 ) -> ShardingPlan:
     """Resolve a policy and fsdp2.yaml on the bare module tree of one FSDP root, and check the result.
 
-    A field that fsdp2.yaml writes replaces the policy's; an empty list there means none. Patterns in fsdp2.yaml begin with the
-    prefix; those of other parts of the composite are not for this root and are passed over.
+    A field that fsdp2.yaml writes replaces the policy's; an empty list there means none. Patterns in
+    fsdp2.yaml begin with the prefix; those of other parts of the composite are not for this root and are
+    passed over.
 
     Args:
         root: the component, unwrapped, on any device.
@@ -49,7 +53,8 @@ def build_plan(
         neighbours: names that patterns may begin with besides the prefix.
 
     Raises:
-        ShardingError, PatternError: a pattern matches nothing, two patterns claim a module, a unit cannot be one.
+        ShardingError, PatternError: a pattern matches nothing, two patterns claim a module, a unit cannot be
+            one.
     """
     paths = ModulePaths(name for name, _ in root.named_modules())
     modules = dict(root.named_modules())
@@ -115,14 +120,16 @@ def build_plans(
     fsdp2: Fsdp2Config,
     composite: nn.Module,
 ) -> dict[str, ShardingPlan]:
-    """The plans of all FSDP roots of a composite model, with the patterns that name its other parts checked too.
+    """The plans of all FSDP roots of a composite model, with the patterns that name its other parts checked
+    too.
 
     Args:
         roots: path in the composite -> module.
         policies: path -> policy.
 
     Raises:
-        ShardingError, PatternError: as `build_plan`; also for a pattern that names a part that is not trained, or not there.
+        ShardingError, PatternError: as `build_plan`; also for a pattern that names a part that is not
+            trained, or not there.
     """
     children = [name for name, _ in composite.named_children()]
     plans = {}
@@ -152,13 +159,15 @@ def blocks_by_structure(root: nn.Module) -> list[str]:
             continue
         if len(module) >= 2 and len({type(child) for child in module}) == 1:
             found += [
-                f"{path}.{i}" if path else str(i) for i, child in enumerate(module) if any(child.parameters())
+                f"{path}.{i}" if path else str(i)
+                for i, child in enumerate(module)
+                if any(True for _ in child.parameters())
             ]
     return found
 
 
 def _written(fsdp2: Fsdp2Config, name: str, prefix: str, neighbours: Collection[str]) -> list[str] | None:
-    """A field's patterns for this root, without the prefix; `None` if the file says nothing about this root."""
+    """A field's patterns for this root, without the prefix; `None` if the file says nothing about it."""
     value: Sequence[str] | None = getattr(fsdp2, name)
     if value is None or name not in fsdp2.model_fields_set:
         return None
@@ -172,20 +181,20 @@ def _written(fsdp2: Fsdp2Config, name: str, prefix: str, neighbours: Collection[
             continue
         first = split_pattern(pattern, f'{name}: "{pattern}"')[0]
         if first not in neighbours:
-            raise _unknown_part(name, pattern, first, [prefix, *neighbours])
+            raise _unknown_part(name, pattern, first, prefix, neighbours)
     # A list that names only other parts (ignored_modules: [ae, text_encoder]) says nothing about this one.
     return own or None
 
 
-def _unknown_part(name: str, pattern: str, first: str, known: Iterable[str]) -> ShardingError:
-    parts = sorted({part for part in known if part})
+def _unknown_part(name: str, pattern: str, first: str, prefix: str, known: Iterable[str]) -> ShardingError:
+    parts = sorted({part for part in (prefix, *known) if part})
     if first in _COMPOSITE:
         why = (
             f'this model has no "{first}" (its section is absent, or it was not built); take the pattern out'
         )
     else:
-        near = difflib.get_close_matches(first, parts, n=1, cutoff=0.5)
-        better = ".".join([near[0], *pattern.split(".")[1:]]) if near else f"{parts[0]}.{pattern}"
+        near = difflib.get_close_matches(first, parts, n=1, cutoff=0.6)
+        better = ".".join([near[0], *pattern.split(".")[1:]]) if near else f"{prefix}.{pattern}"
         why = f'the model has no "{first}", only {", ".join(parts)}. Closest: {better}'
     return ShardingError(f'{name}: "{pattern}" matches no module: {why}.')
 
@@ -208,7 +217,8 @@ def _resolve(paths: ModulePaths, patterns: Iterable[str], where: str, prefix: st
             if path in owner:
                 shown = f"{prefix}.{path}" if prefix and path else prefix or path
                 raise ShardingError(
-                    f'{where}: "{shown}" is claimed twice, by "{owner[path]}" and by "{pattern}"; keep one of them.'
+                    f'{where}: "{shown}" is claimed twice, by "{owner[path]}" and by "{pattern}"; '
+                    "keep one of them."
                 )
             owner[path] = pattern
     return list(owner)
@@ -222,12 +232,14 @@ def _check_modules(plan: ShardingPlan, modules: Mapping[str, nn.Module], units: 
                 raise ShardingError(f'{name}: "{shown}" is the whole model; name modules inside it.')
             if type(module).forward is nn.Module.forward or isinstance(module, nn.ModuleList | nn.ModuleDict):
                 raise ShardingError(
-                    f'{name}: "{shown}" is a {type(module).__name__}, which is never called itself; write "{shown}.{{*}}".'
+                    f'{name}: "{shown}" is a {type(module).__name__}, which is never called itself; '
+                    f'write "{shown}.{{*}}".'
                 )
             outside = next((other for other in plan.ignored if is_inside(path, other)), None)
             if outside is not None:
                 raise ShardingError(
-                    f'{name}: "{shown}" lies in "{plan.full_path(outside)}", which ignored_modules leaves out.'
+                    f'{name}: "{shown}" lies in "{plan.full_path(outside)}", '
+                    "which ignored_modules leaves out."
                 )
     for path in units:
         if not any(True for _ in modules[path].parameters()):
@@ -243,7 +255,8 @@ def _check_modules(plan: ShardingPlan, modules: Mapping[str, nn.Module], units: 
         trained = next((n for n, p in modules[path].named_parameters() if p.requires_grad), None)
         if trained is not None:
             raise ShardingError(
-                f'ignored_modules: "{plan.full_path(path)}" has trained parameters ({trained}), whose gradients would differ '
+                f'ignored_modules: "{plan.full_path(path)}" has trained parameters ({trained}), '
+                "whose gradients would differ "
                 "between ranks; freeze it, or take it out of the list."
             )
 
@@ -275,14 +288,16 @@ def _with_parameters(
         if seen[0] != owner:
             raise ShardingError(
                 f"{plan.full_path(name)} is the same tensor as {plan.full_path(seen[1])}, but the units "
-                f'"{plan.full_path(owner)}" and "{plan.full_path(seen[0])}" would gather it apart; let one unit hold both.'
+                f'"{plan.full_path(owner)}" and "{plan.full_path(seen[0])}" would gather it apart; '
+                "let one unit hold both."
             )
         if seen[1] == name:
             owned[owner].append(describe_parameter(name, parameter))
     empty = next((path for path in units if not owned[path]), None)
     if empty is not None:
         raise ShardingError(
-            f'sub_modules_to_wrap: all parameters of "{plan.full_path(empty)}" belong to units inside it; take one level out.'
+            f'sub_modules_to_wrap: all parameters of "{plan.full_path(empty)}" belong to units '
+            "inside it; take one level out."
         )
     made = tuple(Unit(path, tuple(owned[path]), path in gathered) for path in units)
     return replace(plan, units=made, root=Unit("", tuple(owned[""])), ignored_parameters=tuple(ignored))

@@ -18,7 +18,8 @@ SHARD, REPLICATE = "dp_shard", "dp_replicate"
 
 
 def shard_size(fsdp2: Fsdp2Config, world_size: int) -> int:
-    """How many ranks a parameter is cut over: `sharding_size`, where `auto` and an absent field mean all of them.
+    """How many ranks a parameter is cut over: `sharding_size`, where `auto` and an absent field mean all of
+    them.
 
     Raises:
         ShardingError: it, or the number in `reshard_after_forward`, does not divide the number of ranks.
@@ -39,9 +40,11 @@ def shard_size(fsdp2: Fsdp2Config, world_size: int) -> int:
 
 
 def build_device_mesh(fsdp2: Fsdp2Config, process_group: dist.ProcessGroup | None = None) -> DeviceMesh:
-    """The mesh of a process group: `[dp_shard]`, or `[dp_replicate, dp_shard]` when `sharding_size` is smaller than the group.
+    """The mesh of a process group: `[dp_shard]`, or `[dp_replicate, dp_shard]` when `sharding_size` is
+    smaller than the group.
 
-    Every rank of the group calls this. With `sharding_size: 1` parameters are replicated and only gradients are exchanged.
+    Every rank of the group calls this. With `sharding_size: 1` parameters are replicated and only gradients
+    are exchanged.
 
     Args:
         process_group: ranks that share the data-parallel work; all ranks by default.
@@ -70,7 +73,10 @@ def _divisors(number: int) -> str:
 
 
 def _mesh_inside(ranks: list[int], shape: tuple[int, int], device_type: str) -> DeviceMesh:
-    """A 2-D mesh over part of the world. The other ranks do not call, so each group is made by its members only."""
+    """A 2-D mesh over part of the world.
+
+    The other ranks do not call, so each group is made by its members only.
+    """
     grid = torch.tensor(ranks, dtype=torch.int).view(shape)
     row, column = (int(i) for i in (grid == dist.get_rank()).nonzero()[0])
     replicate = dist.new_group(grid[:, column].tolist(), use_local_synchronization=True)

@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 class FSDP2Mixin:
     """For `class MyModel(nn.Module, FSDP2Mixin)`.
 
-    `fully_shard` runs `_pre_fully_shard`, `_fully_shard`, `_post_fully_shard`; each can be overridden. Whatever `_fully_shard` does,
-    the result is read back as a plan and checked in the same way.
+    `fully_shard` runs `_pre_fully_shard`, `_fully_shard`, `_post_fully_shard`; each can be overridden.
+    Whatever `_fully_shard` does, the result is read back as a plan and checked in the same way.
 
     Attributes:
         sharding_plans: path of each FSDP root -> its plan, after `fully_shard`.
@@ -38,9 +38,11 @@ class FSDP2Mixin:
     device_mesh: DeviceMesh
 
     def sharding_roots(self) -> dict[str, ShardingPolicy]:
-        """Path of each FSDP root in this model -> its policy. By default the model is one root and its blocks are found by structure.
+        """Path of each FSDP root in this model -> its policy. By default the model is one root and its
+        blocks are found by structure.
 
-        A child of a sharded root cannot be called on its own, so each part that is called by itself is a root of its own.
+        A child of a sharded root cannot be called on its own, so each part that is called by itself is a
+        root of its own.
         """
         return {"": ShardingPolicy()}
 
@@ -49,11 +51,13 @@ class FSDP2Mixin:
         process_group: dist.ProcessGroup | None = None,
         fsdp2_config_path: str | Path | Fsdp2Config | None = None,
     ) -> bool:
-        """Shard the model in place. Every rank of the group calls this, with the model on the meta device or on its own.
+        """Shard the model in place. Every rank of the group calls this, with the model on the meta device or
+        on its own.
 
         Args:
             process_group: the data-parallel ranks; all by default.
-            fsdp2_config_path: path of an fsdp2.yaml, its content as a config, or `None` for the policies alone.
+            fsdp2_config_path: path of an fsdp2.yaml, its content as a config, or `None` for the policies
+                alone.
 
         Returns:
             True: the model is sharded, nothing is left for a caller to do.
@@ -74,7 +78,8 @@ class FSDP2Mixin:
         """Read the configuration, make the mesh, build and check the plans.
 
         Returns:
-            Keyword arguments for `torch.distributed.fsdp.fully_shard` on the units of the (first) root, and the configuration.
+            Keyword arguments for `torch.distributed.fsdp.fully_shard` on the units of the (first) root, and
+            the configuration.
         """
         model = _module(self)
         config = load_fsdp2_config(fsdp2_config_path)
@@ -87,7 +92,10 @@ class FSDP2Mixin:
         return fsdp_settings(roots[first], plans[first], self.device_mesh), config
 
     def _fully_shard(self, fsdp2_kwargs: dict[str, Any], fsdp2_config: Fsdp2Config) -> None:
-        """Apply the plans. A part that brings its own `fully_shard` is asked first; a true answer means that it did the work."""
+        """Apply the plans.
+
+        A part that brings its own `fully_shard` is asked first; a true answer means that it did the work.
+        """
         model = _module(self)
         mesh: DeviceMesh = fsdp2_kwargs["mesh"]
         for path, plan in self.sharding_plans.items():
@@ -135,7 +143,7 @@ def _module(model: Any) -> nn.Module:
 
 
 def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """The group that a mesh was made from, where that is one group; a 2-D mesh is made anew from all ranks."""
+    """The group that a mesh was made from, if it is one; a 2-D mesh is made anew from all ranks."""
     return mesh.get_group() if mesh.ndim == 1 else None
 
 

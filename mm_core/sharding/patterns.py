@@ -96,7 +96,8 @@ class ModulePaths:
         place = f'"{_join(prefix, base)}"' if _join(prefix, base) else "the model"
         if not children:
             return PatternError(f"{label} matches no module: {place} has no submodules.")
-        # A wrong name deep in the tree is often a right one at another depth, so whole paths are compared as well.
+        # A wrong name deep in the tree is often a right one at another depth, so whole paths are compared as
+        # well.
         near = difflib.get_close_matches(shown, children, n=2, cutoff=0.5)
         suggestions = [_join(prefix, _join(base, child)) for child in near]
         suggestions += [p for p in self.closest(_join(base, shown), prefix) if p not in suggestions]
@@ -176,8 +177,8 @@ def _items(text: str, label: str) -> list[str]:
 def apply_aliases(pattern: str, aliases: Mapping[str, str], paths: ModulePaths) -> str:
     """Rewrite a pattern that begins with a foreign module path into ours.
 
-    An alias that names real modules of the tree is passed over: nothing real is hidden. `{*}` in an alias stands for whatever the
-    pattern has there and is carried over. The longest alias wins.
+    An alias that names real modules of the tree is passed over: nothing real is hidden. `{*}` in an alias
+    stands for whatever the pattern has there and is carried over. The longest alias wins.
     """
     components = split_pattern(pattern)
     for alias in sorted(aliases, key=lambda a: -len(a.split("."))):

@@ -1,4 +1,7 @@
-"""`ShardingPlan`: which parameters are gathered together, what is recomputed, what stays whole. Plain data, ready to print and store."""
+"""`ShardingPlan`: which parameters are gathered together, what is recomputed, what stays whole.
+
+Plain data, ready to print and store.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +76,7 @@ class ShardingPlan:
         ignored: paths of frozen modules that are not sharded, and their parameters' names.
         fp32_inputs: forward arguments of the root that keep their dtype.
         sources: field of fsdp2.yaml -> where it came from: `fsdp2.yaml`, `policy` or `structure`.
-        reshard_after_forward, param_dtype, reduce_dtype, output_dtype, cast_forward_inputs, offload_to_cpu, pin_memory, use_reentrant,
-            forward_prefetch, backward_prefetch: as in fsdp2.yaml.
+        reshard_after_forward, …, backward_prefetch: as in fsdp2.yaml.
     """
 
     prefix: str
@@ -97,12 +99,14 @@ class ShardingPlan:
     backward_prefetch: int = 0
 
     def rows(self, shards: int) -> list[dict[str, Any]]:
-        """One row a unit, the root last: `unit, parameters, numel, bytes_per_rank, gathered_bytes, dtype, recompute, reshard, prefetch`.
+        """One row a unit, the root last: `unit, parameters, numel, bytes_per_rank, gathered_bytes, dtype,
+        recompute, reshard, prefetch`.
 
         Args:
             shards: number of ranks that a parameter is cut over.
 
-        `bytes_per_rank` counts the stored parameters of the fullest rank; `gathered_bytes` the unit in its compute dtype.
+        `bytes_per_rank` counts the stored parameters of the fullest rank; `gathered_bytes` the unit in its
+        compute dtype.
         """
         rows = []
         order = [u.path for u in self.units]

@@ -11,18 +11,22 @@ from types import MappingProxyType
 class ShardingPolicy:
     """What an author knows about sharding a component; a field in fsdp2.yaml overrides the one here.
 
-    Patterns are relative to the component, in the grammar of `mm_core.sharding.patterns`: `blocks.{*}`, `blocks.{0-19}.attn1`.
+    Patterns are relative to the component, in the grammar of `mm_core.sharding.patterns`: `blocks.{*}`,
+    `blocks.{0-19}.attn1`.
 
     Args:
-        units: modules whose parameters are gathered together, in the order in which the forward pass runs them (prefetching
-            follows it). The root takes what is left. Empty: the blocks are found by structure (every `ModuleList` of
-            at least two modules of one class).
+        units: modules whose parameters are gathered together, in the order in which the forward pass runs
+            them (prefetching follows it). The root takes what is left. Empty: the blocks are found by
+            structure (every `ModuleList` of at least two modules of one class).
         recompute: modules whose activations are computed again in the backward pass.
         ignored: frozen modules that are not sharded.
-        keep_gathered: units (from the list above) that stay gathered between forward and backward, whatever `reshard_after_forward` says.
-        aliases: module paths that users bring from elsewhere -> ours: `{"head": "proj_out", "blocks.{*}.self_attn": "blocks.{*}.attn1"}`.
-        fp32_inputs: names of the component's forward arguments that keep their dtype when mixed precision casts the others
-            to `param_dtype`. bf16 has 8 significant bits: it would move the timestep 937.5 to 936.
+        keep_gathered: units (from the list above) that stay gathered between forward and backward, whatever
+            `reshard_after_forward` says.
+        aliases: module paths that users bring from elsewhere -> ours: `{"head": "proj_out",
+            "blocks.{*}.self_attn": "blocks.{*}.attn1"}`.
+        fp32_inputs: names of the component's forward arguments that keep their dtype when mixed precision
+            casts the others to `param_dtype`. bf16 has 8 significant bits: it would move the timestep 937.5
+            to 936.
     """
 
     units: tuple[str, ...] = ()

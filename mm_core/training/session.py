@@ -19,6 +19,7 @@ from mm_core.training.precheck import check_build
 from mm_core.training.run_folder import RunFolder
 from mm_core.training.stop import EXIT_TERMINATED, StopSignal
 from mm_core.training.trainer import Trainer
+from mm_core.weights import remove_temporaries
 from mm_registry import default_manager
 from mm_registry.errors import UserError
 
@@ -95,6 +96,8 @@ def _open(run: RunFolder | None, job: TrainingJob, rank: int) -> None:
         continues = load is not None and Path(load).resolve().is_relative_to(run.path.resolve())
         try:
             run.open(continues=continues)
+            for name in remove_temporaries(run.path):
+                log.info("removed %s, left by a run that was killed", name)
         except UserError as error:
             message = [str(error)]
     if dist.get_world_size() > 1:

@@ -17,6 +17,7 @@ from mm_core.accelerator import Accelerator
 from mm_core.config import TrainingJob
 from mm_core.data import build_dataset, build_loader
 from mm_core.models.factory import build_sora_model
+from mm_core.models.pretrained import load_predictor_folder
 from mm_core.observe.callback import Callback, RunContext, StepRecord
 from mm_core.observe.console import ConsoleProgress, human_count
 from mm_core.observe.metrics import MetricsFile, TensorBoard
@@ -26,7 +27,7 @@ from mm_core.training.optimizer import build_optimizer
 from mm_core.training.run_folder import RunFolder
 from mm_core.training.schedule import LearningRate
 from mm_core.training.sums import StepSums
-from mm_core.weights import is_hf_folder, load_checkpoint, load_hf_folder, materialize, resolve_load, save_checkpoint
+from mm_core.weights import is_hf_folder, load_checkpoint, materialize, resolve_load, save_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +80,17 @@ class Trainer:
 
     def _load_initial_weights(self) -> None:
         """Give the sharded predictor its storage, then its values: keyed random ones, or those of a Hugging Face folder."""
-        predictor, section = self.model.predictor, self.job.components["predictor"]
-        materialize(predictor, self.device, self.flags.seed)
-        folder = section.from_pretrained
-        if self.flags.load is not None and is_hf_folder(Path(self.flags.load)):
-            folder = self.flags.load
+        predictor, section, load = self.model.predictor, self.job.components["predictor"], self.flags.load
+        folder = section.from_pretrained if section.init == "pretrained" else None
+        if load is not None:  # a run, whose checkpoint `_resume` reads, or a Hugging Face folder
+            folder = load if is_hf_folder(Path(load)) else None
+        random_init = folder is None and load is None
+        materialize(predictor, self.device, self.flags.seed, random_init=random_init)
         if folder is not None:
-            load_hf_folder(predictor, Path(folder))
+            load_predictor_folder(predictor, Path(folder).expanduser())
             log.info("predictor: weights of %s", folder)
+        elif random_init:
+            log.info("predictor has random weights, as its section asks")
 
     def _resume(self) -> None:
         """Continue from `--load`, when it names a run or a checkpoint."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mm_core.weights.errors import CheckpointError
+from mm_core.weights.errors import CheckpointError, WeightsError
 from mm_registry.errors import UserError
 
 
@@ -51,7 +51,7 @@ def ranks_agree(what: str, *, alone: bool = False) -> Iterator[None]:
         return
     by_user = next((text for is_user, text in failures.values() if is_user), None)
     if by_user is not None:
-        raise error if isinstance(error, UserError) else UserError(by_user)
+        raise error if isinstance(error, UserError) else WeightsError(by_user)
     if len(reports) == 1:
         raise CheckpointError(f"{what} failed: {failures[0][1]}") from error
     lines = list(dict.fromkeys(f"rank {r}: {text}" for r, (_, text) in failures.items()))

@@ -1,7 +1,9 @@
-"""Training checkpoints: tensors through torch's distributed checkpoint, everything else as JSON and safetensors.
+"""Training checkpoints: tensors through torch's distributed checkpoint, everything else as JSON and
+safetensors.
 
-A checkpoint is written beside the others under a temporary name and renamed when it is complete, so a crash at any moment leaves
-the older ones untouched and never a half-written one under a real name. All ranks write into one folder, which they must share.
+A checkpoint is written beside the others under a temporary name and renamed when it is complete, so a crash
+at any moment leaves the older ones untouched and never a half-written one under a real name. All ranks write
+into one folder, which they must share.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,12 +47,14 @@ def save_checkpoint(
     *,
     with_rng: bool = True,
 ) -> Path:
-    """Write `<run>/checkpoints/iter_<iteration>`; all ranks call this, and return when the checkpoint is complete and on disk.
+    """Write `<run>/checkpoints/iter_<iteration>`; all ranks call this, and return when the checkpoint is
+    complete and on disk.
 
     Args:
         run: the run's folder.
         iteration: optimizer steps done.
-        modules: name -> module; tensors are stored as `<name>.<key>`, keys as in an unwrapped module's `state_dict()`.
+        modules: name -> module; tensors are stored as `<name>.<key>`, keys as in an unwrapped module's
+            `state_dict()`.
         optimizer: over parameters of these modules; `None` leaves it out.
         state: whatever else must come back, JSON-able.
         with_rng: store the states of each rank's generators.
@@ -101,19 +106,22 @@ def load_checkpoint(
     *,
     with_rng: bool = True,
 ) -> dict[str, Any]:
-    """Read a checkpoint into modules and optimizer, in place; all ranks call this. Any number of ranks can read what any number wrote.
+    """Read a checkpoint into modules and optimizer, in place; all ranks call this. Any number of ranks can
+    read what any number wrote.
 
     Args:
         checkpoint: one complete `iter_…` folder, as `resolve_load` returns it.
         modules: as they were saved; materialised, on any mesh. Fewer than were saved is fine.
         optimizer: `None` leaves the stored one alone.
-        with_rng: put back the states of the generators. A rank that did not exist then gets freshly keyed ones, and a line in the log.
+        with_rng: put back the states of the generators. A rank that did not exist then gets freshly keyed
+            ones, and a line in the log.
 
     Returns:
         The `state` that was saved.
 
     Raises:
-        WeightsError: damaged or unsafe files, or tensors that do not fit; missing, unexpected and wrongly shaped ones are listed.
+        WeightsError: damaged or unsafe files, or tensors that do not fit; missing, unexpected and wrongly
+            shaped ones are listed.
         CheckpointError: reading failed on some rank.
     """
     checkpoint = Path(checkpoint)
@@ -128,7 +136,8 @@ def load_checkpoint(
         if optimizer is not None:
             if content["optimizer"] is None:
                 raise WeightsError(
-                    f"{checkpoint} was saved without its optimizer (--no-save-optim); resume with --no-load-optim."
+                    f"{checkpoint} was saved without its optimizer (--no-save-optim); "
+                    "resume with --no-load-optim."
                 )
             named = NamedOptimizer(optimizer, modules)
             tensors |= named.prepare_states({name for name in stored if name.startswith(PREFIX)})
@@ -143,7 +152,8 @@ def load_checkpoint(
 
 
 def load_module_weights(module: nn.Module, checkpoint: Path, prefix: str = "predictor") -> None:
-    """Read one module of a training checkpoint, in place, in one process and without sharding; dtypes are converted.
+    """Read one module of a training checkpoint, in place, in one process and without sharding; dtypes are
+    converted.
 
     Args:
         module: materialised and unsharded.
@@ -160,11 +170,14 @@ def load_module_weights(module: nn.Module, checkpoint: Path, prefix: str = "pred
         layout.verify(checkpoint)
         tensors = _module_tensors({prefix: module})
         _check_modules(tensors, _stored_shapes(checkpoint), {prefix: module}, checkpoint)
-        dcp.load(
-            {name: t.detach() for name, t in tensors.items()},
-            storage_reader=SafeReader(checkpoint),
-            no_dist=True,
-        )
+        with warnings.catch_warnings():
+            # It tells that there is no process group, which is what is meant here.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(
+                {name: t.detach() for name, t in tensors.items()},
+                storage_reader=SafeReader(checkpoint),
+                no_dist=True,
+            )
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -248,6 +261,7 @@ def _read_rng(checkpoint: Path, content: Mapping[str, Any]) -> None:
     seed = int(content["state"].get("seed", 0))
     accelerator.seed_all(keyed_seed(seed, "resumed generators", content["iteration"], rank()))
     log.warning(
-        "%s has no generator states for rank %d (it was written by %d ranks); fresh ones are keyed by seed, iteration and rank.",
+        "%s has no generator states for rank %d (it was written by %d ranks); "
+        "fresh ones are keyed by seed, iteration and rank.",
         checkpoint, rank(), content["world_size"],
     )  # fmt: skip

@@ -10,4 +10,6 @@ class WeightsError(UserError):
 
 
 class CheckpointError(RuntimeError):
-    """Writing or reading a checkpoint failed on some rank; raised on every rank, and the message names the one that failed."""
+    """Writing or reading a checkpoint failed on some rank; raised on every rank, and the message names the
+    one that failed.
+    """

@@ -1,4 +1,6 @@
-"""Weights of a Hugging Face folder into a module that may be sharded: strict, and each rank reads only its slices."""
+"""Weights of a Hugging Face folder into a module that may be sharded: strict, and each rank reads only its
+slices.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,14 @@ def load_hf_folder(module: nn.Module, folder: Path, key_adapter: KeyAdapter | No
     """Copy all weights of a folder into a module, in place; dtypes are converted on the way.
 
     Args:
-        module: materialised (not on meta); sharded parameters take their slices. Ranks that share a mesh call this together.
+        module: materialised (not on meta); sharded parameters take their slices. Ranks that share a mesh
+            call this together.
         folder: holds `*.safetensors`: one file, or several with an index.
         key_adapter: name in the file -> name in the module; `None` for a name that is left out on purpose.
 
     Raises:
-        WeightsError: no such folder or file, unsafe paths in the index, or keys that are missing, unexpected or of another shape;
+        WeightsError: no such folder or file, unsafe paths in the index, or keys that are missing, unexpected
+            or of another shape;
             all of those are listed together.
     """
     folder = Path(folder)
@@ -57,7 +61,8 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a folder's weights, index first obeyed.
 
     Raises:
-        WeightsError: there are none, several to choose from, or the index names a file outside the folder or a missing one.
+        WeightsError: there are none, several to choose from, or the index names a file outside the folder or
+            a missing one.
     """
     if not folder.is_dir():
         raise WeightsError(
@@ -75,7 +80,8 @@ def weight_files(folder: Path) -> list[Path]:
     if len(named or files) != 1:
         found = ", ".join(file.name for file in files) or "none"
         raise WeightsError(
-            f"{folder} has no *{_INDEX} and not exactly one safetensors file ({found}); a folder of weights has "
+            f"{folder} has no *{_INDEX} and not exactly one safetensors file ({found}); "
+            "a folder of weights has "
             f"{_SINGLE[0]}, {_SINGLE[1]}, or an index.{_subfolder(folder)}"
         )
     return named or files
@@ -104,7 +110,7 @@ def _load(targets: dict[str, torch.Tensor], folder: Path, files: list[Path], ada
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with _open(file) as source:
-            for key in source.keys():
+            for key in source.keys():  # noqa: SIM118 - it is no dict and cannot be iterated
                 name = adapt(key)
                 if name is None:
                     continue

@@ -1,7 +1,8 @@
 """First values of a model that was built on the meta device and sharded there.
 
-Values are drawn module by module from generators keyed by the module's name, then each rank copies its slice. They are therefore
-the same whole tensors on any number of ranks and any mesh, and no rank ever holds more than its shards and one module.
+Values are drawn module by module from generators keyed by the module's name, then each rank copies its
+slice. They are therefore the same whole tensors on any number of ranks and any mesh, and no rank ever holds
+more than its shards and one module.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ class InitialisesModules(Protocol):
     """A component with initial values of its own."""
 
     def init_module(self, module: nn.Module) -> bool:
-        """Fill the parameters that `module` owns directly, in place; false if they are not this component's business.
+        """Fill the parameters that `module` owns directly, in place; false if they are not this component's
+        business.
 
-        `module` is a stand-in of the real module: same class and attributes, whole parameters on the CPU, no submodules.
-        It is asked before the module's own `reset_parameters()`.
+        `module` is a stand-in of the real module: same class and attributes, whole parameters on the CPU, no
+        submodules. It is asked before the module's own `reset_parameters()`.
         """
 
 
@@ -42,16 +44,18 @@ class ResetsBuffers(Protocol):
 def materialize(
     module: nn.Module, device: torch.device | str, seed: int, *, random_init: bool = True
 ) -> None:
-    """Give a module on the meta device its storage and first values, in place. What is real already keeps its values and is moved.
+    """Give a module on the meta device its storage and first values, in place. What is real already keeps
+    its values and is moved.
 
-    Values come from the nearest enclosing component's `init_module(module) -> bool`, else from the module's own
-    `reset_parameters()`; buffers from `reset_buffers(device)` of the component or any of its parts.
+    Values come from the nearest enclosing component's `init_module(module) -> bool`, else from the module's
+    own `reset_parameters()`; buffers from `reset_buffers(device)` of the component or any of its parts.
 
     Args:
         module: the component, sharded or not.
         device: where it is to live; parameters under CPU offload stay on the CPU.
         seed: the run's seed.
-        random_init: false leaves parameters without values, for a caller that loads all of them next. Buffers are computed all the same.
+        random_init: false leaves parameters without values, for a caller that loads all of them next.
+            Buffers are computed all the same.
 
     Raises:
         WeightsError: some parameter or buffer has nothing that fills it; all of them are listed.
@@ -67,8 +71,12 @@ def materialize(
         where = parameter_device if isinstance(tensor, nn.Parameter) else device
         return torch.empty_like(tensor, device=where) if tensor.is_meta else tensor.to(where)
 
+    ties = _ties(module)
     # What `to()` and `to_empty()` are made of; unlike `to_empty()` it spares values that are real.
     module._apply(place)
+    for (owner, name), *others in ties:  # on meta, it gives each of them a tensor of its own
+        for other, other_name in others:
+            other._parameters[other_name] = owner._parameters[name]
 
     unfilled: list[str] = []
     with torch.no_grad():
@@ -114,7 +122,8 @@ def _fill_parameters(module: nn.Module, targets: set[str], meta_buffers: set[str
             if how is None or _is_unset(whole):
                 reason = "its module has no reset_parameters()" if how is None else f"{how} leaves it out"
                 unfilled.append(
-                    f"  parameter {bare_name(_join(path, name))} of {_class_name(owner)}: {reason}; give the component "
+                    f"  parameter {bare_name(_join(path, name))} of {_class_name(owner)}: {reason}; "
+                    "give the component "
                     "init_module(module)"
                 )
                 continue
@@ -147,7 +156,8 @@ def _initialise(stand_in: nn.Module, owner: nn.Module, component: InitialisesMod
         reset()
     except (AttributeError, KeyError) as error:
         raise WeightsError(
-            f"{_class_name(owner)}.reset_parameters() reaches beyond the parameters that the module owns ({error}); "
+            f"{_class_name(owner)}.reset_parameters() reaches beyond the parameters that the module "
+            f"owns ({error}); "
             "give the component init_module(module)."
         ) from error
     return f"{_class_name(owner)}.reset_parameters"
@@ -174,7 +184,10 @@ def _stand_in(owner: nn.Module, own: dict[str, nn.Parameter]) -> nn.Module:
 
 @contextmanager
 def _keyed_generator(seed: int) -> Iterator[None]:
-    """The CPU's global generator, which initialisers draw from, seeded for a moment. Devices' generators are left alone."""
+    """The CPU's global generator, which initialisers draw from, seeded for a moment.
+
+    Devices' generators are left alone.
+    """
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
     try:
@@ -200,6 +213,16 @@ def _is_unset(tensor: torch.Tensor) -> bool:
         return bool(tensor.isnan().all())
     unset: bool = (tensor == torch.iinfo(tensor.dtype).min).all().item()
     return unset and tensor.dtype is not torch.uint8  # whose smallest value is an ordinary one
+
+
+def _ties(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Where each parameter sits that several modules share."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((owner, name))
+    return [shared for shared in places.values() if len(shared) > 1]
 
 
 def _offloads(module: nn.Module) -> bool:

@@ -1,11 +1,12 @@
 """Where checkpoints are, and which of them are complete.
 
-    <run>/checkpoints/iter_0000010/    __0_0.distcp …  .metadata  state.json  rng-00000.safetensors …  .complete
+    <run>/checkpoints/iter_0000010/    __0_0.distcp, .metadata, state.json, rng-00000.safetensors, .complete
     <run>/checkpoints/latest           the name of the newest one, for people and scripts
     <run>/checkpoints/.tmp-iter_…      being written, or left behind by a crash
 
-A checkpoint is complete when it has `.complete`, a JSON list of its files with their sizes, and checksums of the small ones. The folder gets
-its final name after that, by one rename: a folder named `iter_…` without marker was not written by us to its end.
+A checkpoint is complete when it has `.complete`, a JSON list of its files with their sizes, and checksums of
+the small ones. The folder gets its final name after that, by one rename: a folder named `iter_…` without
+marker was not written by us to its end.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def folder_name(iteration: int) -> str:
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders with a marker in a run's folder (or in its `checkpoints` folder), oldest first."""
+    """The checkpoint folders with a marker in a run's folder (or `checkpoints` folder), oldest first."""
     return [folder for folder in _iterations(_checkpoints_of(run)) if (folder / MARKER).is_file()]
 
 
@@ -46,10 +47,12 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def resolve_load(path: Path) -> Path:
-    """The checkpoint folder that `--load` means: a run's newest, a `checkpoints` folder's newest, or the one given.
+    """The checkpoint folder that `--load` means: a run's newest, a `checkpoints` folder's newest, or the one
+    given.
 
     Raises:
-        WeightsError: there is no such folder, no complete checkpoint in it, or its files are not those that were written.
+        WeightsError: there is no such folder, no complete checkpoint in it, or its files are not those that
+            were written.
     """
     path = Path(path)
     if not path.exists():
@@ -63,7 +66,8 @@ def resolve_load(path: Path) -> Path:
     if found is None:
         unfinished = _unfinished(_checkpoints_of(path))
         what = (
-            f"it has only unfinished ones ({', '.join(unfinished)}), left by a run that was stopped while saving"
+            f"it has only unfinished ones ({', '.join(unfinished)}), "
+            "left by a run that was stopped while saving"
             if unfinished
             else "the folder has no iter_… with a .complete marker in it or in its checkpoints folder"
         )
@@ -73,7 +77,8 @@ def resolve_load(path: Path) -> Path:
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """Check a checkpoint's files against its marker: all there, sizes right, small ones unchanged. Returns the marker.
+    """Check a checkpoint's files against its marker: all there, sizes right, small ones unchanged. Returns
+    the marker.
 
     Raises:
         WeightsError: it is unfinished or damaged; the message names the newest older one, if there is one.
@@ -97,7 +102,8 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             raise WeightsError(f"{checkpoint} is damaged: {name} is missing.{_older(checkpoint)}")
         if file.stat().st_size != size:
             raise WeightsError(
-                f"{checkpoint} is damaged: {name} has {file.stat().st_size} bytes, {size} were written.{_older(checkpoint)}"
+                f"{checkpoint} is damaged: {name} has {file.stat().st_size} bytes, {size} were written."
+                f"{_older(checkpoint)}"
             )
         checksum = files[name].get("blake2b")
         if checksum is not None and checksum != _checksum(file):
@@ -120,7 +126,10 @@ def write_marker(folder: Path, iteration: int) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name, then point `latest` at it. Each is one rename, so no reader sees half of either."""
+    """Give a finished folder its name, then point `latest` at it.
+
+    Each is one rename, so no reader sees half of either.
+    """
     sync_folder(temporary)
     os.rename(temporary, final)
     sync_folder(final.parent)
@@ -139,7 +148,8 @@ def prepare(checkpoints: Path, iteration: int) -> Path:
     final = checkpoints / folder_name(iteration)
     if (final / MARKER).exists():
         raise WeightsError(
-            f"{final} exists already and is complete; it is not overwritten. Save to another folder, or move it away."
+            f"{final} exists already and is complete; it is not overwritten. "
+            "Save to another folder, or move it away."
         )
     checkpoints.mkdir(parents=True, exist_ok=True)
     if final.exists():  # never finished; out of the way, and gone with the next start's cleaning
@@ -153,7 +163,10 @@ def prepare(checkpoints: Path, iteration: int) -> Path:
 
 
 def remove_temporaries(run: Path) -> list[str]:
-    """Remove what a crash left behind (`.tmp-…`). One process calls this, while it holds the run. Returns the names."""
+    """Remove what a crash left behind (`.tmp-…`).
+
+    One process calls this, while it holds the run. Returns the names.
+    """
     removed = []
     for path in sorted(_checkpoints_of(run).glob(f"{TEMPORARY}*")):
         if path.is_dir() and not path.is_symlink():

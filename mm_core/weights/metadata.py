@@ -1,6 +1,7 @@
 """Reading torch's distributed-checkpoint metadata without trusting it.
 
-`.metadata` is a pickle. Unpickling runs whatever callables the file names, so only the classes that describe tensors may be named.
+`.metadata` is a pickle. Unpickling runs whatever callables the file names, so only the classes that describe
+tensors may be named.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class SafeReader(FileSystemReader):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The metadata of a checkpoint folder: only descriptions of tensors, all stored in files of this very folder.
+    """The metadata of a checkpoint folder: only descriptions of tensors, all stored in files of this very
+    folder.
 
     Raises:
         WeightsError: there is none, it holds something else, or points outside the folder.

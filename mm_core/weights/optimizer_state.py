@@ -38,7 +38,8 @@ class NamedOptimizer:
             for parameter in group["params"]:
                 if id(parameter) not in held:
                     raise RuntimeError(
-                        f"the optimizer has a parameter of shape {tuple(parameter.shape)} that no saved module holds"
+                        f"the optimizer has a parameter of shape {tuple(parameter.shape)} "
+                        "that no saved module holds"
                     )
                 self.names[parameter] = held[id(parameter)]
 
@@ -51,7 +52,9 @@ class NamedOptimizer:
         }
 
     def settings(self) -> dict[str, Any]:
-        """What is no tensor: each group's hyperparameters with its parameters' names, and plain numbers in the state."""
+        """What is no tensor: each group's hyperparameters with its parameters' names, and plain numbers in
+        the state.
+        """
         groups = []
         for group in self.optimizer.param_groups:
             hyper = {k: _plain(v) for k, v in group.items() if k not in _IMPLEMENTATION}
@@ -62,8 +65,9 @@ class NamedOptimizer:
     def prepare_states(self, stored: set[str]) -> dict[str, torch.Tensor]:
         """Make the states that a checkpoint will be read into, and return them as `tensors()` does.
 
-        An optimizer makes its states in its first step. That step is taken here with zero gradients and learning rate 0, which
-        moves no parameter. A parameter without stored state (it never had a gradient) loses the state again.
+        An optimizer makes its states in its first step. That step is taken here with zero gradients and
+        learning rate 0, which moves no parameter. A parameter without stored state (it never had a gradient)
+        loses the state again.
 
         Args:
             stored: the checkpoint's keys under `optim.`
@@ -80,7 +84,8 @@ class NamedOptimizer:
         missing, unexpected = compare_keys(tensors, stored)
         if missing or unexpected:
             raise WeightsError(
-                f"The stored optimizer state does not fit {type(self.optimizer).__name__} of this run (use --no-load-optim to go on "
+                f"The stored optimizer state does not fit {type(self.optimizer).__name__} of this run "
+                "(use --no-load-optim to go on "
                 "without it):\n" + "\n".join([*missing, *unexpected])
             )
         return tensors
@@ -99,8 +104,10 @@ class NamedOptimizer:
         )
         if not same:
             raise WeightsError(
-                f"The stored optimizer has {len(stored)} groups of {[len(g['params']) for g in stored]} parameters, this run's has "
-                f"{len(groups)} of {[len(g['params']) for g in groups]}, or others; use --no-load-optim to go on without it."
+                f"The stored optimizer has {len(stored)} groups of {[len(g['params']) for g in stored]} "
+                f"parameters, this run's has "
+                f"{len(groups)} of {[len(g['params']) for g in groups]}, or others; "
+                "use --no-load-optim to go on without it."
             )
         for group, entry in zip(groups, stored, strict=True):
             for key, value in entry["hyperparameters"].items():

@@ -20,12 +20,14 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def state_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by upstream name: the tensors themselves, sharded ones as DTensors."""
+    """Parameters and persistent buffers by upstream name; sharded ones are DTensors."""
     return {bare_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
 
 
 def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
-    """The storage of this rank and the slices of the whole tensor that it holds (all of it, for a plain tensor)."""
+    """The storage of this rank and the slices of the whole tensor that it holds (all of it, for a plain
+    tensor).
+    """
     if not isinstance(tensor, DTensor):
         return tensor.detach(), tuple(slice(0, size) for size in tensor.shape)
     # torch's own checkpoints use the same function, so the two always agree; there is no public one.

@@ -1,10 +1,10 @@
-"""Runs a function on several ranks, quickly: ranks are forked from a process that has imported everything already.
+"""Runs a function on several ranks, quickly: they are forked from a process that has imported everything.
 
-    results = run_ranks(train, 2, tmp_path, steps=3)      # results[rank] is what train(...) returned on that rank
+    results = run_ranks(train, 2, tmp_path, steps=3)  # results[rank] is what train(...) returned there
 
-Each rank gets a gloo process group over a store in a temporary file, one thread, and the variables of a launcher. Functions can be
-local ones and closures; what they return must be picklable. A rank that raises, dies or takes too long fails the test with its traceback,
-and no process is left behind.
+Each rank gets a gloo process group over a store in a temporary file, one thread, and the variables of a
+launcher. Functions can be local ones and closures; what they return must be picklable. A rank that raises,
+dies or takes too long fails the test with its traceback, and no process is left behind.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class RankError(AssertionError):
     """A rank failed; the message has the traceback of each that reported one."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60, **kwargs: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60, **kwargs: Any
+) -> list[Any]:
     """Run `function(*args, **kwargs)` on forked ranks and return their results by rank.
 
     Args:
@@ -44,7 +46,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         for rank in range(world_size):
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank, args=(rank, world_size, Path(folder) / "store", theirs, timeout, function, args, kwargs)
+                target=_rank,
+                args=(rank, world_size, Path(folder) / "store", theirs, timeout, function, args, kwargs),
             )
             process.start()
             theirs.close()
@@ -61,11 +64,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
 def _collect(pipes: list[Connection], processes: list[Any], timeout: float) -> list[Any]:
     deadline = time.monotonic() + timeout
+    failed_at = 0.0
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     waiting = dict(zip(pipes, range(len(pipes)), strict=True))
     while waiting:
-        # After the first failure the others only get a moment: they may stand in a collective that cannot end.
+        # After the first failure the others only get a moment: they may stand in a collective that cannot
+        # end.
         left = min(deadline, failed_at + 3) - time.monotonic() if failures else deadline - time.monotonic()
         ready = wait(list(waiting), timeout=max(0.0, left))
         if not ready:
@@ -92,12 +97,23 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout: float) -> l
 
 
 def _rank(
-    rank: int, world_size: int, store: Path, pipe: Connection, timeout: float, function: Callable[..., Any], args: Any, kwargs: Any
+    rank: int,
+    world_size: int,
+    store: Path,
+    pipe: Connection,
+    timeout: float,
+    function: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
 ) -> None:
     signal.alarm(int(timeout) + 10)  # should the parent be killed
     torch.set_num_threads(1)
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size), MM_DEVICE="cpu"
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MM_DEVICE="cpu",
     )
     try:
         dist.init_process_group(
@@ -111,5 +127,6 @@ def _rank(
     except BaseException:  # noqa: BLE001 - reported to the parent, whatever it is
         pipe.send((False, traceback.format_exc()))
     pipe.close()
-    # Not through the interpreter's exit: the forked copy of the test runner has handlers and open files of its own.
+    # Not through the interpreter's exit: the forked copy of the test runner has handlers and open files of
+    # its own.
     os._exit(0)

@@ -1,4 +1,6 @@
-"""A tiny Wan inside a composite, one rank's share of a batch, and a training loop: what the tests here train."""
+"""A tiny Wan inside a composite, one rank's share of a batch, and a training loop: what the tests here
+train.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class TinyWan(WanTransformer3DModel):
         return True
 
     def reset_buffers(self, device: torch.device) -> None:
-        rope = WanRotaryPosEmbed(self.config.attention_head_dim, self.config.patch_size, self.config.rope_max_seq_len)
+        rope = WanRotaryPosEmbed(
+            self.config.attention_head_dim, self.config.patch_size, self.config.rope_max_seq_len
+        )
         for name, table in rope.named_buffers():
             setattr(self.rope, name, table.to(device))
 
@@ -68,7 +72,9 @@ def sharded(seed: int = 0, **fsdp2: Any) -> Composite:
 
 
 def optimizer_of(model: Composite, **kwargs: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.predictor.parameters(), lr=1e-3, weight_decay=0.01, **{"fused": True, **kwargs})
+    return torch.optim.AdamW(
+        model.predictor.parameters(), lr=1e-3, weight_decay=0.01, **{"fused": True, **kwargs}
+    )
 
 
 def loss_of(predictor: nn.Module, step: int, batch_size: int = 4) -> torch.Tensor:

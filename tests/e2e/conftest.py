@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ class Job:
     def flags(self, *more: str | Path) -> list[str]:
         return [
             "--mm-model", str(self.model), "--mm-data", str(self.data), "--mm-tool", str(self.tools),
-            "--fsdp2-config-path", str(self.fsdp2), "--lr", "1e-3", "--seed", "7", *map(str, more),
+            "--fsdp2-config-path", str(self.fsdp2), "--lr", "1e-3", "--seed", "7", "--num-workers", "0", *map(str, more),
         ]  # fmt: skip
 
 
@@ -74,7 +76,28 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in metrics(run)]
 
 
-def train(job: Job, run: Path, *flags: str | Path, steps: int = 4, batch: Sequence[int] = (2, 4), **variables: str) -> Result:
+@contextmanager
+def started(run: Path, *flags: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A tiny training run in the background that took two steps already; it does not outlive the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mm_core", "train", *Job().flags("--train-iters", "100000", "--save", run, *flags)],
+        cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not ((run / "metrics.jsonl").exists() and len(metrics(run)) >= 2):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def train(
+    job: Job, run: Path, *flags: str | Path, steps: int = 4, batch: Sequence[int] = (2, 4), **variables: str
+) -> Result:
     """`mm train` of a tiny job into `run`."""
     micro, total = batch
     return run_mm(

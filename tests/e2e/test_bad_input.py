@@ -83,7 +83,9 @@ def test_pattern_that_matches_no_module(tmp_path: Path) -> None:
 
 
 def test_unknown_key_in_the_yaml(tmp_path: Path) -> None:
-    fsdp2 = edited(TINY / "fsdp2.yaml", tmp_path / "fsdp2.yaml", lambda text: text + "reshard_after_forwrd: true\n")
+    fsdp2 = edited(
+        TINY / "fsdp2.yaml", tmp_path / "fsdp2.yaml", lambda text: text + "reshard_after_forwrd: true\n"
+    )
     err = train_with(tmp_path, Job(fsdp2=fsdp2)).err
     assert f"fsdp2.yaml:{len(fsdp2.read_text().splitlines())}:1" in err
     assert "reshard_after_forward" in err
@@ -116,7 +118,9 @@ def test_no_readable_video(tmp_path: Path) -> None:
     clips.mkdir()
     (clips / "a.mp4").write_bytes(b"")
     (clips / "b.mp4").write_text("this is no video")
-    (tmp_path / "annotation.json").write_text('[{"path": "a.mp4", "cap": "x"}, {"path": "b.mp4", "cap": "y"}]')
+    (tmp_path / "annotation.json").write_text(
+        '[{"path": "a.mp4", "cap": "x"}, {"path": "b.mp4", "cap": "y"}]'
+    )
     (tmp_path / "data.txt").write_text(f"{clips},{tmp_path / 'annotation.json'}\n")
     data = edited(
         TINY / "data.json", tmp_path / "data.json",
@@ -142,14 +146,30 @@ def test_something_that_does_not_work_yet_is_an_error_when_enabled(tmp_path: Pat
 
 
 def test_generate_needs_weights(tmp_path: Path) -> None:
-    result = run_mm("generate", "--mm-model", TINY / "inference_model.json", "--prompt", "a tram", "--save-path", tmp_path / "out")
+    result = run_mm(
+        "generate",
+        "--mm-model",
+        TINY / "inference_model.json",
+        "--prompt",
+        "a tram",
+        "--save-path",
+        tmp_path / "out",
+    )
     assert result.code == 2, result.err
     assert "--load" in result.err
     assert not (tmp_path / "out").exists()
 
 
 def test_generate_with_a_mistyped_prompt_file(tmp_path: Path) -> None:
-    result = run_mm("generate", "--mm-model", TINY / "inference_model.json", "--prompt", TINY / "promts.txt", "--load", tmp_path)
+    result = run_mm(
+        "generate",
+        "--mm-model",
+        TINY / "inference_model.json",
+        "--prompt",
+        TINY / "promts.txt",
+        "--load",
+        tmp_path,
+    )
     assert result.code == 2, result.err
     assert "promts.txt" in result.err
 
@@ -170,7 +190,7 @@ def test_a_broken_plugin_is_one_clear_message(tmp_path: Path) -> None:
     listed = run_mm("list", PYTHONPATH=str(site))
     assert listed.code == 0, listed.err
     assert "broken_ae" in listed.out
-    job = model(tmp_path, lambda text: text.replace('"haar_video"', '"broken_ae"'))
+    job = model(tmp_path, lambda text: text.replace('"haar_video"', '"broken_ae", "init": "random"'))
     result = run_mm("train", *job.flags(*FLAGS), PYTHONPATH=str(site))
     assert result.code == 2, result.err
     assert "mmzoo-broken" in result.err

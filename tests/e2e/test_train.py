@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ENVIRONMENT, ROOT, Job, edited, losses, metrics, run_mm, train
+from tests.e2e.conftest import ENVIRONMENT, ROOT, Job, edited, losses, metrics, run_mm, started, train
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -43,13 +43,26 @@ def tensors(run: Path, step: int) -> dict[str, bytes]:
 def test_a_run_leaves_metrics_config_logs_and_checkpoints(ten_steps: Path) -> None:
     records = metrics(ten_steps)
     assert [r["step"] for r in records] == list(range(1, 11))
-    assert {"step", "loss", "grad_norm", "lr", "seconds", "samples_per_second", "tokens_per_second", "memory_bytes"} <= set(records[0])
+    assert {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "seconds",
+        "samples_per_second",
+        "tokens_per_second",
+        "memory_bytes",
+    } <= set(records[0])
     assert all(r["seconds"] > 0 and r["grad_norm"] > 0 for r in records)
     config = json.loads((ten_steps / "config.json").read_text())
     assert "model.json" in json.dumps(config)
     assert (ten_steps / "logs" / "rank-00000.log").stat().st_size > 0
     assert list((ten_steps / "tensorboard").glob("events.out.tfevents.*"))
-    assert sorted(p.name for p in (ten_steps / "checkpoints").iterdir()) == ["iter_0000005", "iter_0000010", "latest"]
+    assert sorted(p.name for p in (ten_steps / "checkpoints").iterdir()) == [
+        "iter_0000005",
+        "iter_0000010",
+        "latest",
+    ]
     assert (ten_steps / "checkpoints" / "latest").read_text().strip() == "iter_0000010"
     assert not list(ten_steps.rglob(".tmp-*"))
 
@@ -93,7 +106,16 @@ def test_two_ranks_give_the_losses_of_one(tmp_path: Path) -> None:
 
 
 def test_torchrun_is_the_same_command(tmp_path: Path) -> None:
-    flags = Job().flags("--train-iters", "2", "--micro-batch-size", "1", "--global-batch-size", "4", "--save", tmp_path / "run")
+    flags = Job().flags(
+        "--train-iters",
+        "2",
+        "--micro-batch-size",
+        "1",
+        "--global-batch-size",
+        "4",
+        "--save",
+        tmp_path / "run",
+    )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mm_core", "train", *flags],
         cwd=ROOT, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
@@ -113,15 +135,9 @@ def test_a_run_is_not_overwritten(ten_steps: Path) -> None:
 
 def test_sigterm_saves_once_and_the_run_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    flags = Job().flags("--train-iters", "100000", "--micro-batch-size", "2", "--global-batch-size", "2", "--save", run)
-    process = subprocess.Popen([sys.executable, "-m", "mm_core", "train", *flags], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").exists() and len(metrics(run)) >= 2):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    with started(run, "--micro-batch-size", "2", "--global-batch-size", "2") as process:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
     assert process.returncode == 143
     step = metrics(run)[-1]["step"]
     assert [p.name for p in (run / "checkpoints").glob("iter_*")] == [f"iter_{step:07d}"]
@@ -131,23 +147,27 @@ def test_sigterm_saves_once_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_dead_rank_takes_the_job_down(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    flags = Job().flags("--train-iters", "100000", "--micro-batch-size", "2", "--global-batch-size", "4", "--save", run, "--nproc-per-node", "2")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mm_core", "train", *flags], cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").exists() and len(metrics(run)) >= 2):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [c for c in children if b"mm_core" in Path(f"/proc/{c}/cmdline").read_bytes()]
-    assert len(ranks) == 1
-    os.kill(int(ranks[0]), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    with started(
+        tmp_path / "run", "--micro-batch-size", "1", "--global-batch-size", "2", "--nproc-per-node", "2"
+    ) as process:
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "rank 1" in err
+
+
+def test_children_die_with_their_parent(tmp_path: Path) -> None:
+    with started(
+        tmp_path / "run", "--micro-batch-size", "1", "--global-batch-size", "2", "--nproc-per-node", "2"
+    ) as process:
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not Path(f"/proc/{child}").exists()
 
 
 def test_the_static_profile_writes_a_trace(tmp_path: Path) -> None:
@@ -185,6 +205,16 @@ def test_the_real_autoencoder_trains_too(tmp_path: Path) -> None:
     result = train(job, tmp_path / "run", steps=3)
     assert result.code == 0, result.err
     assert len(losses(tmp_path / "run")) == 3
-    out = run_mm("generate", "--mm-model", vae / "inference_model.json", "--load", tmp_path / "run", "--prompt", "a street", "--save-path", tmp_path / "out")
+    out = run_mm(
+        "generate",
+        "--mm-model",
+        vae / "inference_model.json",
+        "--load",
+        tmp_path / "run",
+        "--prompt",
+        "a street",
+        "--save-path",
+        tmp_path / "out",
+    )
     assert out.code == 0, out.err
     assert list((tmp_path / "out").rglob("*.mp4"))

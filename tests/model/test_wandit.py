@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,14 +151,20 @@ def test_state_dict_keys_and_shapes_are_upstreams(upstream_wan: Build) -> None:
     assert list(ours) == list(theirs)
 
 
-def test_an_upstream_folder_fits(upstream_wan: Build, tmp_path: Any) -> None:
-    from safetensors.torch import load_file
+def test_an_upstream_folder_loads_if_its_config_agrees(upstream_wan: Build, tmp_path: Path) -> None:
+    from mm_core.models.pretrained import load_predictor_folder
 
     theirs = upstream_wan()
     theirs.save_pretrained(tmp_path)
-    WanDiT(**TINY_WAN).load_state_dict(
-        load_file(tmp_path / "diffusion_pytorch_model.safetensors"), strict=True
-    )
+    ours = WanDiT(**{**TINY_WAN, "max_seq_len": 32})
+    load_predictor_folder(ours, tmp_path)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name]), name
+    # The same shapes, another network: only config.json tells.
+    with pytest.raises(UserError, match=r"num_attention_heads is 3 there and 6 here \(our num_heads\)"):
+        load_predictor_folder(WanDiT(**{**TINY_WAN, "num_heads": 6}), tmp_path)
+    with pytest.raises(UserError, match="eps"):
+        load_predictor_folder(WanDiT(**TINY_WAN, eps=1e-5), tmp_path)
 
 
 @pytest.mark.parametrize(

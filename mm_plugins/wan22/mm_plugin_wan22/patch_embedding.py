@@ -20,10 +20,14 @@ class LinearPatchEmbedding(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map `[B, C, T, H, W]` to `[B, D, T/pt, H/ph, W/pw]`; sizes must be divisible by the patch."""
+        """Map `[B, C, T, H, W]` to `[B, D, T/pt, H/ph, W/pw]`; sizes must be divisible by the patch.
+
+        The input is cast to the parameters' dtype: samplers keep latents in fp32 whatever the model computes
+        in.
+        """
         B, C, T, H, W = input.shape
         pt, ph, pw = self.kernel_size
-        patches = input.reshape(B, C, T // pt, pt, H // ph, ph, W // pw, pw)
+        patches = input.to(self.weight.dtype).reshape(B, C, T // pt, pt, H // ph, ph, W // pw, pw)
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # [B, T', H', W', C*pt*ph*pw]
         embedded = F.linear(patches, self.weight.flatten(1), self.bias)  # [B, T', H', W', D]
         # A view with Conv3d's shape: flatten(2).transpose(1, 2) of it is contiguous without a copy.

@@ -4,6 +4,7 @@ WanTransformer3DModel.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,11 +12,18 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mm_plugin_wan22.patch_embedding import LinearPatchEmbedding
 from mm_registry.errors import UserError
 
 MODEL_TYPES = ("t2v", "wan2.2-t2v")
+OUR_NAMES = {
+    "num_attention_heads": "num_heads",
+    "attention_head_dim": "hidden_size / num_heads",
+    "in_channels": "in_dim",
+    "out_channels": "out_dim",
+}
 
 
 class WanDiT(WanTransformer3DModel):
@@ -123,11 +131,13 @@ class WanDiT(WanTransformer3DModel):
         if conditions:
             raise TypeError(f"wandit (text to video) takes no condition {', '.join(sorted(conditions))}")
         self._check_sizes(latents)
-        dtype = self.patch_embedding.weight.dtype
         text = self._prepare_text(_single(prompt), None if prompt_mask is None else _single(prompt_mask))
-        output: torch.Tensor = super().forward(
-            latents.to(dtype), timestep, text.to(dtype), return_dict=False
-        )[0]
+        weight = self.condition_embedder.text_embedder.linear_1.weight
+        if not isinstance(
+            weight, DTensor
+        ):  # else it is a unit that FSDP has yet to gather, perhaps in another dtype
+            text = text.to(weight.dtype)
+        output: torch.Tensor = super().forward(latents, timestep, text, return_dict=False)[0]
         return output
 
     def _check_sizes(self, latents: torch.Tensor) -> None:
@@ -163,6 +173,20 @@ class WanDiT(WanTransformer3DModel):
             # where, not a product: 0 * nan is nan
             prompt = torch.where(mask.unsqueeze(-1) > 0, prompt, torch.zeros_like(prompt))
         return F.pad(prompt, (0, 0, 0, self.text_len - length))
+
+    def check_pretrained_config(self, config: Mapping[str, Any]) -> list[str]:
+        """What a diffusers config.json says otherwise than this network, in our names and theirs; the length
+        of the rotary table may differ, since it is computed.
+        """
+        differences = []
+        for name, value in self.config.items():
+            if name.startswith("_") or name == "rope_max_seq_len" or name not in config:
+                continue
+            ours, theirs = (list(v) if isinstance(v, tuple) else v for v in (value, config[name]))
+            if ours != theirs:
+                alias = f" (our {OUR_NAMES[name]})" if name in OUR_NAMES else ""
+                differences.append(f"{name} is {theirs} there and {ours} here{alias}")
+        return differences
 
     def init_module(self, module: nn.Module) -> bool:
         """Draw upstream's initial values of a module that has no `reset_parameters`; False if it has none

@@ -12,6 +12,7 @@ import av
 import pytest
 from data_helpers import ROOT, TINY, WriteVideo, grey_frame
 
+
 @pytest.fixture
 def write_video(tmp_path: Path) -> WriteVideo:
     """Return a function that writes an H.264 video of `grey_frame`s."""
@@ -65,7 +66,7 @@ def t2v_fields(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture
 def make_set(tmp_path: Path, t2v_fields: dict[str, Any]) -> Callable[..., dict[str, Any]]:
-    """Return a function that writes an annotation file beside `tmp_path`'s videos and returns the dataset's fields."""
+    """Return a function that writes annotations of `tmp_path`'s videos and returns the dataset's fields."""
 
     def make(items: Sequence[dict[str, Any]], **preprocess: Any) -> dict[str, Any]:
         (tmp_path / "annotation.json").write_text(json.dumps(list(items)), encoding="utf-8")

@@ -105,13 +105,13 @@ GOOD = json.dumps(ITEM)
 @pytest.mark.parametrize(
     ("text", "place", "message"),
     [
-        (f"[{GOOD}\n {GOOD}]", "1:34", "expected a comma or the closing bracket"),
+        (f"[{GOOD}\n {GOOD}]", f"1:{len(GOOD) + 2}", "expected a comma or the closing bracket"),
         ('[{"path": "a" "cap": 1}]', "1:15", "expecting ',' delimiter"),
         (f"[\n{GOOD},\n]", "3:1", "a comma stands before the closing bracket"),
-        (f"[{GOOD}", "1:34", "expected a comma or the closing bracket"),
-        (f"[{GOOD}, ", "1:36", "the list is not closed"),
+        (f"[{GOOD}", f"1:{len(GOOD) + 2}", "expected a comma or the closing bracket"),
+        (f"[{GOOD}, ", f"1:{len(GOOD) + 4}", "the list is not closed"),
         ('[]\n{"a": 1}', "2:1", "there is more after the end"),
-        (f"{GOOD} {GOOD}", "1:34", "JSON Lines hold one object a line"),
+        (f"{GOOD} {GOOD}", f"1:{len(GOOD) + 2}", "expected a line break: JSON Lines"),
         ("path,cap\n", "1:1", "expecting value"),
         (f"{GOOD}\n{{'path': 1}}", "2:2", "expecting property name"),
     ],

@@ -21,7 +21,11 @@ def test_every_beginning_can_be_drawn() -> None:
 
 def test_frame_interval_counts_when_auto_interval_is_off() -> None:
     assert FrameRule(num_frames=3, auto_interval=False, frame_interval=4).choose(9, 30.0, 0) == [0, 4, 8]
-    assert FrameRule(num_frames=3, auto_interval=True, frame_interval=4, train_fps=30).choose(9, 30.0, 0) == [0, 1, 2]
+    assert FrameRule(num_frames=3, auto_interval=True, frame_interval=4, train_fps=30).choose(9, 30.0, 0) == [
+        0,
+        1,
+        2,
+    ]
 
 
 def test_nearly_equal_rates_are_equal() -> None:
@@ -72,7 +76,14 @@ def test_min_num_frames_does_not_refuse_clips_of_full_length() -> None:
     draw=st.integers(0, 2**64 - 1),
 )
 def test_clips_are_ascending_frames_of_the_video(
-    total: int, fps: float, num_frames: int, train_fps: float, auto: bool, interval: int, speed: float, draw: int
+    total: int,
+    fps: float,
+    num_frames: int,
+    train_fps: float,
+    auto: bool,
+    interval: int,
+    speed: float,
+    draw: int,
 ) -> None:
     rule = FrameRule(
         num_frames=num_frames,
@@ -84,7 +95,7 @@ def test_clips_are_ascending_frames_of_the_video(
     )
     frames = rule.choose(total, fps, draw)
     assert frames == sorted(frames)
-    assert 0 <= frames[0]
+    assert frames[0] >= 0
     assert frames[-1] < total
     if rule.short_reason(total, fps, chance=0.5) is None and len(rule.available(total, fps)) >= num_frames:
         assert len(frames) == num_frames

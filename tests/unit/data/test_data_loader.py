@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,12 @@ def test_clips_of_different_size_in_a_batch_are_named(write_video: WriteVideo, m
     write_video("wide.mp4", height=32, width=64)
     write_video("square.mp4", height=48, width=48)
     items = [{"path": name, "cap": "x"} for name in ("wide.mp4", "square.mp4")]
-    dataset = T2VDataset(seed=0, **make_set(items, force_resolution=False, max_hxw=2048, hw_stride=8, hw_aspect_thr=3.0))
-    with pytest.raises(DataError, match=r"video of .*\.mp4 is \[3, 4, \d+, \d+\], but of .*\.mp4 .* one micro batch"):
+    dataset = T2VDataset(
+        seed=0, **make_set(items, force_resolution=False, max_hxw=2048, hw_stride=8, hw_aspect_thr=3.0)
+    )
+    with pytest.raises(
+        DataError, match=r"video of .*\.mp4 is \[3, 4, \d+, \d+\], but of .*\.mp4 .* one micro batch"
+    ):
         take(dataset, 1)
     sizes = {tuple(batch["video"].shape[-2:]) for batch in take(dataset, 2, micro_batch_size=1)}
     assert sizes == {(32, 64), (40, 40)}
@@ -138,7 +143,9 @@ def test_an_error_in_a_worker_keeps_its_message(
 
 
 @pytest.mark.timeout(120)
-def test_workers_share_the_account_of_bad_samples(write_video: WriteVideo, make_set: Any, tmp_path: Path) -> None:
+def test_workers_share_the_account_of_bad_samples(
+    write_video: WriteVideo, make_set: Any, tmp_path: Path
+) -> None:
     names = [f"{number}.mp4" for number in range(6)]
     for name in names:
         write_video(name)
@@ -164,6 +171,11 @@ def test_a_plain_map_style_dataset_works_too() -> None:
     assert batches[0]["weight"].tolist() == [0.5 * int(x) for x in batches[0]["x"]]
 
 
+def test_a_dataset_can_be_sent_to_spawned_workers(varied: T2VDataset) -> None:
+    copy = pickle.loads(pickle.dumps(varied))
+    assert same(take(varied, 2), take(copy, 2))
+
+
 def test_an_iterable_without_length_is_refused() -> None:
     with pytest.raises(DataError, match="generator has no length or cannot be indexed"):
         take((i for i in range(3)), 1)
@@ -178,7 +190,9 @@ def test_collate_keeps_what_cannot_be_stacked() -> None:
 
 def test_the_cache_stays_within_its_budget() -> None:
     cache = ClipCache(max_bytes=100)
-    clips = {name: torch.full((10,), index, dtype=torch.float32) for index, name in enumerate("abc")}  # 40 bytes each
+    clips = {
+        name: torch.full((10,), index, dtype=torch.float32) for index, name in enumerate("abc")
+    }  # 40 bytes each
     cache.put("a", clips["a"])
     cache.put("b", clips["b"])
     assert cache.get("a") is clips["a"]  # b is now the older one

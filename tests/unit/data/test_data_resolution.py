@@ -33,7 +33,9 @@ def test_free_clips_keep_their_ratio() -> None:
 def test_free_clips_are_refused_for_shape_and_size() -> None:
     rule = ResolutionRule(force_resolution=False, max_hxw=10000, hw_stride=8, hw_aspect_thr=2.0)
     assert rule.refusal(100, 100) is None
-    assert rule.refusal(100, 300) == "height / width is 0.33, not within a factor of 2 (hw_aspect_thr) of 1.00"
+    assert (
+        rule.refusal(100, 300) == "height / width is 0.33, not within a factor of 2 (hw_aspect_thr) of 1.00"
+    )
     assert rule.refusal(40, 40) == "40×40 (from 40×40) has fewer than 2500 pixels (min_hxw)"
     assert rule.refusal(4, 4) == "0×0 (from 4×4) has fewer than 2500 pixels (min_hxw)"
 
@@ -43,8 +45,15 @@ def test_the_area_defaults_to_the_largest_sides() -> None:
     assert (rule.max_area, rule.min_area) == (3072, 768)
 
 
-@given(height=st.integers(1, 5000), width=st.integers(1, 5000), area=st.integers(64, 10**6), stride=st.integers(1, 32))
-def test_free_sizes_stay_within_area_stride_and_original(height: int, width: int, area: int, stride: int) -> None:
+@given(
+    height=st.integers(1, 5000),
+    width=st.integers(1, 5000),
+    area=st.integers(64, 10**6),
+    stride=st.integers(1, 32),
+)
+def test_free_sizes_stay_within_area_stride_and_original(
+    height: int, width: int, area: int, stride: int
+) -> None:
     rule = ResolutionRule(force_resolution=False, max_hxw=area, hw_stride=stride)
     new_height, new_width = rule.size(height, width)
     assert new_height % stride == 0 == new_width % stride

@@ -25,7 +25,7 @@ from mm_core.data.transforms import (
 
 RULE = ResolutionRule(max_height=48, max_width=64)
 # The order that Wan's published data files use.
-WAN = [
+WAN: list[dict[str, Any]] = [
     {"trans_type": "ResizeVideo", "param": {"mode": "shortside", "antialias": True}},
     {"trans_type": "ToTensorVideo"},
     {"trans_type": "norm_fun", "param": {"mean": 0.5, "std": 0.5}},
@@ -70,7 +70,8 @@ def test_the_default_pipeline_agrees_with_pillow(clip: Any) -> None:
     assert result.dtype == torch.float32
     assert -1 <= result.min() < -0.5
     assert 0.5 < result.max() <= 1
-    torch.testing.assert_close(result, pillow_clip(frames, 48, 64), atol=1e-4, rtol=0)
+    # Scaling in 8 bits rounds twice, after each direction: to one grey level of 1/127.5 in all.
+    torch.testing.assert_close(result, pillow_clip(frames, 48, 64), atol=1 / 127.5 + 1e-6, rtol=0)
 
 
 def test_the_default_pipeline_covers_then_cuts_the_middle() -> None:
@@ -92,8 +93,14 @@ def test_wans_pipeline_gives_the_wanted_size_and_range() -> None:
     frames = images(CLIPS[0])
     result = build_pipeline(steps(*WAN), RULE)(to_clip(frames))
     assert result.shape == (3, 3, 48, 64)
-    # Scaling in 8 bits rounds to half a grey level.
-    torch.testing.assert_close(result, pillow_clip(frames, 48, 64), atol=0.5 / 127.5 + 1e-4, rtol=0)
+    torch.testing.assert_close(result, pillow_clip(frames, 48, 64), atol=1 / 127.5 + 1e-6, rtol=0)
+
+
+def test_scaling_in_floating_point_agrees_with_pillow() -> None:
+    frames = images(CLIPS[0])
+    scale = {"trans_type": "ResizeVideo", "param": {"mode": "resize", "antialias": True}}
+    run = build_pipeline(steps({"trans_type": "ToTensorVideo"}, scale, {"trans_type": "norm_fun"}), RULE)
+    torch.testing.assert_close(run(to_clip(frames)), pillow_clip(frames, 48, 64), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("pipeline", [None, steps(*WAN)], ids=["default", "wan"])
@@ -109,7 +116,9 @@ def test_bicubic_overshoot_stays_in_range() -> None:
     clip[..., ::32] = 255
     clip[..., 1::32] = 255
     bicubic = {"trans_type": "ResizeVideo", "param": {"interpolation_mode": "bicubic", "mode": "resize"}}
-    result = build_pipeline(steps({"trans_type": "ToTensorVideo"}, bicubic, {"trans_type": "norm_fun"}), RULE)(clip)
+    result = build_pipeline(
+        steps({"trans_type": "ToTensorVideo"}, bicubic, {"trans_type": "norm_fun"}), RULE
+    )(clip)
     assert result.min() == -1
     assert resize(to_tensor_video(clip), (48, 64), interpolation_mode="bicubic").min() < 0
 
@@ -126,15 +135,53 @@ def test_norm_fun_is_per_channel() -> None:
     assert values.flatten().tolist() == [0.5, 0.5, 0.0]
 
 
-@pytest.mark.parametrize(("height", "width"), [(96, 128), (97, 129), (50, 300), (301, 51), (48, 64), (20, 20)])
-def test_shortside_covers_the_size(height: int, width: int) -> None:
-    clip = torch.zeros(1, 3, height, width)
-    new_height, new_width = resize_video(clip, (48, 64), mode="shortside").shape[-2:]
-    assert new_height >= 48
-    assert new_width >= 64
-    assert new_height == 48 or new_width == 64
-    assert new_height / new_width == pytest.approx(height / width, rel=0.03)
-    assert resize_video(clip, (48, 64), mode="resize").shape[-2:] == (48, 64)
+SIZES = [(96, 128), (97, 129), (50, 300), (301, 51), (48, 64), (20, 20)]
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_the_modes_of_resize_video(height: int, width: int) -> None:
+    def shape(mode: Any, **more: Any) -> tuple[int, int]:
+        clip = torch.zeros(1, 3, height, width)
+        return tuple(resize_video(clip, (48, 64), 1000, mode=mode, **more).shape[-2:])
+
+    assert shape("resize") == (48, 64)
+    cover = shape("shortside")
+    assert cover[0] >= 48
+    assert cover[1] >= 64
+    assert cover[0] == 48 or cover[1] == 64
+    inside = shape("longside")
+    assert inside[0] <= 48
+    assert inside[1] <= 64
+    assert inside[0] == 48 or inside[1] == 64
+    shrunk = shape("hxw")
+    assert shrunk[0] * shrunk[1] <= 1000
+    for new in (cover, inside, shrunk):
+        assert new[0] / new[1] == pytest.approx(height / width, rel=0.15)
+    small = height <= 48 and width <= 64
+    assert shape("longside", skip_low_resolution=True) == ((height, width) if small else inside)
+
+
+@pytest.mark.parametrize(
+    ("size", "mode", "expected"),
+    [
+        ("auto", "resize", (48, 64)),
+        ([20, 30], "resize", (20, 30)),
+        ({"max_height": 16, "max_width": 16}, "resize", (16, 16)),
+        ({"max_height": 16, "max_width": 16, "max_hxw": 3072}, "hxw", (48, 64)),
+        ([20, 30], "hxw", (21, 28)),
+    ],
+)
+def test_transform_sizes(size: Any, mode: str, expected: tuple[int, int]) -> None:
+    scale = {"trans_type": "ResizeVideo", "param": {"transform_size": size, "mode": mode}}
+    run = build_pipeline(steps({"trans_type": "ToTensorVideo"}, {"trans_type": "norm_fun"}, scale), RULE)
+    assert run(torch.zeros(1, 3, 96, 128, dtype=torch.uint8)).shape == (1, 3, *expected)
+
+
+def test_the_short_edge_cuts_a_square() -> None:
+    clip = torch.zeros(1, 1, 40, 100)
+    clip[..., 30:70] = 1
+    assert center_crop_resize_video(clip, (48, 64), use_short_edge=True).min() == 1
+    assert center_crop_resize_video(clip, (48, 64)).min() == 0
 
 
 def test_top_crop_keeps_the_top() -> None:
@@ -156,11 +203,16 @@ def test_center_crop_is_centred() -> None:
         ([{"trans_type": "ToTensorVideo"}], "0 steps norm_fun"),
         ([{"trans_type": "norm_fun"}, {"trans_type": "ToTensorVideo"}], "norm_fun before ToTensorVideo"),
         (
-            [{"trans_type": "ToTensorVideo"}, {"trans_type": "norm_fun", "param": {"mean": [0.48, 0.46, 0.41], "std": 0.27}}],
+            [
+                {"trans_type": "ToTensorVideo"},
+                {"trans_type": "norm_fun", "param": {"mean": [0.48, 0.46, 0.41], "std": 0.27}},
+            ],
             r"video\[1\] \(norm_fun\) maps pixels to \[-1.78, 2.19\]",
         ),
     ],
 )
-def test_pipelines_that_would_not_reach_the_autoencoder_s_range(entries: list[dict[str, Any]], message: str) -> None:
+def test_pipelines_that_would_not_reach_the_autoencoder_s_range(
+    entries: list[dict[str, Any]], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         build_pipeline(steps(*entries), RULE)

@@ -132,9 +132,7 @@ def bad_file(kind: str, tmp_path: Path, write_video: WriteVideo) -> Path:
         ("sound only", "no video"),
     ],
 )
-def test_an_unreadable_file_is_named(
-    kind: str, reason: str, tmp_path: Path, write_video: WriteVideo
-) -> None:
+def test_an_unreadable_file_is_named(kind: str, reason: str, tmp_path: Path, write_video: WriteVideo) -> None:
     path = bad_file(kind, tmp_path, write_video)
     for read in (probe, lambda p: list(read_frames(p, [0]))):
         with pytest.raises(UnreadableSampleError, match=reason) as caught:
@@ -159,7 +157,9 @@ def test_a_file_cut_off_in_the_middle_is_noticed(write_video: WriteVideo) -> Non
 
 def test_frames_beyond_the_end_are_an_error(write_video: WriteVideo) -> None:
     path = write_video(frames=12)
-    with pytest.raises(UnreadableSampleError, match=r"ends after 1\.20 s, but frame 12, at 1\.20 s, is wanted"):
+    with pytest.raises(
+        UnreadableSampleError, match=r"ends after 1\.20 s, but frame 12, at 1\.20 s, is wanted"
+    ):
         list(read_frames(path, [11, 12]))
 
 

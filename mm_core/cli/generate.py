@@ -1,0 +1,105 @@
+"""`mm generate`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mm_core.config import GenerationJob, load_generation_job
+from mm_registry.errors import UserError
+from mm_registry.suggestions import closest
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our errors: one sentence, exit code 2, told by `mm` itself."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"mm generate: {message}. `mm generate --help` lists the flags.")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="mm generate",
+        description="Write one MP4 for each prompt, and beside it a JSON that says how to make it again.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--mm-model", metavar="FILE", required=True, help="inference file: pipeline_class, components, tokenizer")
+    add("--prompt", metavar="TEXT", help="a text, or a .txt file with one prompt a line; else the file's")
+    add("--negative-prompt", metavar="TEXT", help="what guidance moves away from")
+    add("--load", metavar="PATH", help="run, checkpoint or folder of weights for the predictor")
+    add("--save-path", metavar="PATH", help="folder of the videos, or a name ending in .mp4")
+    add("--seed", type=int, metavar="N", help="of the noise (default: pipeline_config.seed, else 0)")
+    add("--num-inference-steps", type=int, metavar="N", help="denoising steps")
+    add("--guidance-scale", type=float, nargs="+", metavar="X", help="one number, or two: high-noise and low-noise expert")
+    add("--batch-size", type=int, default=1, metavar="N", help="videos made together (default 1)")
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse, with underscores accepted for hyphens, and a suggestion for an unknown flag."""
+    words = [
+        "--" + word[2:].partition("=")[0].replace("_", "-") + "".join(word[2:].partition("=")[1:])
+        if word.startswith("--")
+        else word
+        for word in argv
+    ]
+    parser = _parser()
+    known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            near = closest(name, known, 1)
+            mend = f"did you mean {near[0]}?" if near else "`mm generate --help` lists the flags."
+            raise UserError(f"{name}: there is no such flag of mm generate; {mend}")
+    return parser.parse_args(words)
+
+
+def run(argv: list[str]) -> int:
+    """Check the inference file without torch, then build the pipeline and write the videos."""
+    if "-h" in argv or "--help" in argv:
+        sys.stdout.write(_parser().format_help())
+        return 0
+    options = _parse(argv)
+    for flag in ("num_inference_steps", "batch_size"):
+        value = getattr(options, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {value}: it must be at least 1.")
+    if options.guidance_scale and len(options.guidance_scale) > 2:
+        raise UserError("--guidance-scale: give one number, or two (high-noise and low-noise expert).")
+    job = load_generation_job(
+        options.mm_model,
+        {
+            "prompt": options.prompt,
+            "negative_prompt": options.negative_prompt,
+            "load": options.load,
+            "save_path": options.save_path,
+        },
+    )
+    return _generate(job, options)
+
+
+def _generate(job: GenerationJob, options: argparse.Namespace) -> int:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from mm_core.generation import generate  # imports torch: only once everything written is right
+    from mm_core.observe.console import console, setup_logging
+
+    setup_logging(0)
+    guidance = options.guidance_scale
+    columns = (TextColumn("generating"), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    with Progress(*columns, console=console, refresh_per_second=2, disable=not console.is_terminal) as bar:
+        task = bar.add_task("generating", total=None)
+        paths = generate(
+            job,
+            seed=options.seed,
+            steps=options.num_inference_steps,
+            guidance_scale=guidance[0] if guidance and len(guidance) == 1 else guidance,
+            batch_size=options.batch_size,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    for path in paths:
+        sys.stdout.write(f"{path}\n")
+    return 0

@@ -1,0 +1,63 @@
+"""Files that cannot be read at all, and documents with values from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mm_core.config import ConfigError, Document, Origin, read_document
+from mm_core.config import document as module
+
+
+def fails(path: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read_document(path)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_unreadable_files_say_what_and_how_to_mend(
+    tmp_path: Path, write: Callable[[str, str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("model.json", "{}")
+    (tmp_path / "latin.json").write_bytes(b'{\n "a": "\xe9"}')
+    (tmp_path / "folder").mkdir()
+    assert fails("modle.json") == "modle.json: no such file. Did you mean model.json?"
+    assert fails("fodler/x.json") == "fodler/x.json: no such file. Did you mean folder?"
+    assert fails("model.json/x.json") == "model.json/x.json: no such file"
+    assert fails("folder") == "folder: this is a folder, expected a file"
+    assert fails(write("m.txt", "{}")) == (
+        'm.txt: unknown kind of file ".txt". Name a file that ends in .json, .yaml, .yml'
+    )
+    assert fails("latin.json") == "latin.json:2:8: the file is not UTF-8 text (byte 0xe9). Save it as UTF-8"
+    assert fails(write("empty.json", " \n")) == "empty.json:1:1: the file is empty. Write at least {}"
+    assert fails(write("list.yaml", "- 1")) == (
+        "list.yaml:1:1: the top level is a list, expected an object of keys and values"
+    )
+    assert fails("") == "no file is named (the path is empty)"
+    monkeypatch.setattr(module, "MAX_BYTES", 10)
+    assert "the file has 22 bytes; a configuration has at most 10" in fails(
+        write("big.json", '{"a": "' + "x" * 13 + '"}')
+    )
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    path.write_bytes(b'\xef\xbb\xbf{\r\n"a": 1,\r\n"b": 2}')
+    document = read_document(path)
+    assert document.data == {"a": 1, "b": 2}
+    assert (document.origin(("b",)).line, document.origin(("b",)).column) == (3, 6)
+
+
+def test_replaced_values_have_their_own_origin_and_leave_the_source_alone() -> None:
+    document = Document.from_data({"a": {"b": [1, 2]}}, Origin("file", "m.json", 1, 1))
+    hook = Origin("hook", detail="dist 1.0")
+    changed = document.replaced(("a", "new", "deep"), 3, hook).replaced(("a", "b", 1), 9, hook)
+    assert changed.data == {"a": {"b": [1, 9], "new": {"deep": 3}}}
+    assert document.data == {"a": {"b": [1, 2]}}
+    assert str(changed.origin(("a", "b", 1))) == "hook (dist 1.0)"
+    assert str(changed.origin(("a", "b", 0))) == "m.json:1:1"
+    with pytest.raises(KeyError):
+        document.replaced(("a", "b", 7, "c"), 0, hook)

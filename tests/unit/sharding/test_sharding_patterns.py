@@ -1,0 +1,132 @@
+"""The pattern grammar: what matches, and what each mistake says."""
+
+import contextlib
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mm_core.sharding.patterns import ModulePaths, PatternError, apply_aliases, expand, split_pattern
+
+PATHS = ModulePaths(
+    [
+        "",
+        "patch_embedding",
+        "blocks",
+        *(f"blocks.{i}{part}" for i in range(12) for part in ("", ".attn1", ".attn2", ".ffn")),
+        "towers",
+        *(
+            f"towers.{name}{part}"
+            for name in ("text", "vision")
+            for part in ("", ".layers", ".layers.0", ".layers.1")
+        ),
+        "layer_0",
+        "layer_1",
+        "proj_out",
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("proj_out", ["proj_out"]),
+        ("blocks.{*}", [f"blocks.{i}" for i in range(12)]),
+        ("blocks.{0-2,5, 10-11}", [f"blocks.{i}" for i in (0, 1, 2, 5, 10, 11)]),
+        ("blocks.{3, 1,2-3}", [f"blocks.{i}" for i in (1, 2, 3)]),
+        ("blocks.{ 4 - 5 }.attn1", ["blocks.4.attn1", "blocks.5.attn1"]),
+        ("blocks.{0-1}.{attn1,ffn}", ["blocks.0.attn1", "blocks.0.ffn", "blocks.1.attn1", "blocks.1.ffn"]),
+        (
+            "towers.{vision,text}.layers.{*}",
+            [f"towers.{t}.layers.{i}" for t in ("vision", "text") for i in (0, 1)],
+        ),
+        ("towers.{*}", ["towers.text", "towers.vision"]),
+        ("layer_{0-1}", ["layer_0", "layer_1"]),
+        ("layer_{*}", ["layer_0", "layer_1"]),
+        ("blocks.0.attn{1-2}", ["blocks.0.attn1", "blocks.0.attn2"]),
+    ],
+)
+def test_matches(pattern, expected):
+    assert PATHS.match(pattern) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("blocks.{9-3}", "the range 9-3 runs backwards; write {3-9}"),
+        ("blocks.{0-12}", 'matches no module: "blocks" has no "12", only 0-11'),
+        ("blocks.{*", "a { is not closed"),
+        ("blocks.*}", "unbalanced braces"),
+        ("blocks.{{*}}", "they do not nest"),
+        ("blocks.{}", "an empty item in braces"),
+        ("blocks.{1,,2}", "an empty item in braces"),
+        ("blocks.{-1}", '"-1" in braces is neither'),
+        ("blocks.{1.5}", '"1.5" in braces is neither'),
+        ("blocks.*", "* and ? stand in braces here; write blocks.{*}"),
+        ("blocks..0", "empty name"),
+        (".blocks", "empty name"),
+        ("", "empty name"),
+        ("proj_out.{*}", '"proj_out" has no submodules'),
+        ("block.{*}", "Closest: blocks"),
+        ("blocks.{*}.atn1", "Closest: blocks.0.attn1"),
+        ("proj_ou", "Closest: proj_out"),
+        ("towers.{text,visoin}", "Closest: towers.vision"),
+        ("{0-99999999999}", "absurdly long"),
+    ],
+)
+def test_mistakes_say_where_and_how_to_mend(pattern, message):
+    with pytest.raises(PatternError) as caught:
+        PATHS.match(pattern, where="recompute_modules")
+    assert message in str(caught.value)
+    assert "recompute_modules" in str(caught.value)
+
+
+def test_messages_carry_the_prefix_that_users_write():
+    with pytest.raises(PatternError) as caught:
+        PATHS.match("blcks.{*}", where="sub_modules_to_wrap", prefix="predictor")
+    text = str(caught.value)
+    assert '"predictor.blcks.{*}" matches no module: "predictor" has no "blcks"' in text
+    assert "Closest: predictor.blocks" in text
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("head", "proj_out"),
+        ("blocks.{0-3}.self_attn", "blocks.{0-3}.attn1"),
+        ("blocks.{*}.self_attn.q", "blocks.{*}.attn1.to_q"),
+        ("blocks.7.self_attn.k", "blocks.7.attn1.k"),
+        ("header", "header"),
+        ("patch_embedding", "patch_embedding"),
+    ],
+)
+def test_aliases(pattern, expected):
+    aliases = {
+        "head": "proj_out",
+        "blocks.{*}.self_attn": "blocks.{*}.attn1",
+        "blocks.{*}.self_attn.q": "blocks.{*}.attn1.to_q",
+        "patch_embedding": "proj_out",  # a real module is never hidden by an alias
+    }
+    assert apply_aliases(pattern, aliases, PATHS) == expected
+
+
+@given(st.sets(st.integers(0, 300), min_size=1, max_size=20))
+def test_numbers_come_out_sorted_and_once(numbers):
+    text = ",".join(f"{n}-{n}" if n % 3 == 0 else str(n) for n in [*numbers, *numbers])
+    assert expand("{" + text + "}") == [str(n) for n in sorted(numbers)]
+
+
+@given(st.text(alphabet="ab.{}*-,01", max_size=12))
+def test_any_text_matches_modules_or_is_a_pattern_error(text):
+    with contextlib.suppress(PatternError):
+        found = PATHS.match(text)
+        assert found
+        assert all(path in PATHS for path in found)
+        assert len(split_pattern(text)) == found[0].count(".") + 1
+
+
+def test_policy_and_patterns_import_no_torch():
+    code = "import sys, mm_core.sharding.policy, mm_core.sharding.patterns; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
