@@ -1,7 +1,8 @@
 """MM Zoo's engine: it trains and runs models that come as pip packages, and knows no model family itself.
 
-The mappings below are entry-point registries (`mm_registry.Registry`): `"wandit" in PREDICTOR_MODEL_MAPPINGS` reads metadata only,
-`PREDICTOR_MODEL_MAPPINGS["wandit"]` imports that one class. Importing `mm_core` imports neither torch nor any plugin.
+The mappings below are entry-point registries (`mm_registry.Registry`): `"wandit" in PREDICTOR_MODEL_MAPPINGS`
+reads metadata only, `PREDICTOR_MODEL_MAPPINGS["wandit"]` imports that one class. Importing `mm_core` imports
+neither torch nor any plugin.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _MAPPINGS = {
     "SHARDING_POLICY_MAPPINGS": "mm_core.sharding_policies",
 }
 
-__all__ = [  # noqa: PLE0604 - built from the table above, so that the two cannot disagree
+__all__ = [  # built from the table above, so that the two cannot disagree
     *_MAPPINGS,
     "__version__",
 ]

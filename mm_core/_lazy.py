@@ -16,8 +16,8 @@ def lazy_exports(
         package: the package's `__name__`.
         exports: public name -> absolute module that defines it.
 
-    A name is imported when it is first asked for: `import mm_core.sharding.policy` runs `mm_core/sharding/__init__.py`
-    but none of its torch-importing siblings.
+    A name is imported when it is first asked for: `import mm_core.sharding.policy` runs
+    `mm_core/sharding/__init__.py` but none of its torch-importing siblings.
     """
 
     def getattr_(name: str) -> Any:

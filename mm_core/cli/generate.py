@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -26,14 +27,25 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--mm-model", metavar="FILE", required=True, help="inference file: pipeline_class, components, tokenizer")
+    add(
+        "--mm-model",
+        metavar="FILE",
+        required=True,
+        help="inference file: pipeline_class, components, tokenizer",
+    )
     add("--prompt", metavar="TEXT", help="a text, or a .txt file with one prompt a line; else the file's")
     add("--negative-prompt", metavar="TEXT", help="what guidance moves away from")
     add("--load", metavar="PATH", help="run, checkpoint or folder of weights for the predictor")
     add("--save-path", metavar="PATH", help="folder of the videos, or a name ending in .mp4")
     add("--seed", type=int, metavar="N", help="of the noise (default: pipeline_config.seed, else 0)")
     add("--num-inference-steps", type=int, metavar="N", help="denoising steps")
-    add("--guidance-scale", type=float, nargs="+", metavar="X", help="one number, or two: high-noise and low-noise expert")
+    add(
+        "--guidance-scale",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="one number, or two: high-noise and low-noise expert",
+    )
     add("--batch-size", type=int, default=1, metavar="N", help="videos made together (default 1)")
     return parser
 
@@ -69,6 +81,8 @@ def run(argv: list[str]) -> int:
             raise UserError(f"--{flag.replace('_', '-')} {value}: it must be at least 1.")
     if options.guidance_scale and len(options.guidance_scale) > 2:
         raise UserError("--guidance-scale: give one number, or two (high-noise and low-noise expert).")
+    if not all(map(math.isfinite, options.guidance_scale or ())):
+        raise UserError(f"--guidance-scale {options.guidance_scale}: it must be a finite number.")
     job = load_generation_job(
         options.mm_model,
         {
@@ -89,7 +103,13 @@ def _generate(job: GenerationJob, options: argparse.Namespace) -> int:
 
     setup_logging(0)
     guidance = options.guidance_scale
-    columns = (TextColumn("generating"), BarColumn(), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn())
+    columns = (
+        TextColumn("generating"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, refresh_per_second=2, disable=not console.is_terminal) as bar:
         task = bar.add_task("generating", total=None)
         paths = generate(

@@ -1,12 +1,14 @@
 """The command `mm`: finds the subcommand, and turns errors into messages and exit codes.
 
-Exit codes: 0; 2 for a mistake of the user's (the message says where and how to mend it); 1 for a failure; 143 after SIGTERM.
+Exit codes: 0; 2 for a mistake of the user's (the message says where and how to mend it); 1 for a failure; 130 after Ctrl-C;
+143 after SIGTERM.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 import traceback
 
@@ -14,10 +16,19 @@ from mm_registry.errors import UserError
 from mm_registry.suggestions import closest
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "list": ("mm_core.cli.list", "every id that installed packages offer, with distribution, version and origin"),
+    "list": (
+        "mm_core.cli.list",
+        "every id that installed packages offer, with distribution, version and origin",
+    ),
     "check": ("mm_core.cli.check", "read and check the files of a job (or one file); nothing is built"),
-    "train": ("mm_core.cli.train", "train a model from model.json, data.json, tools.json, fsdp2.yaml and flags"),
-    "generate": ("mm_core.cli.generate", "write videos for prompts, from a run, a checkpoint or a folder of weights"),
+    "train": (
+        "mm_core.cli.train",
+        "train a model from model.json, data.json, tools.json, fsdp2.yaml and flags",
+    ),
+    "generate": (
+        "mm_core.cli.generate",
+        "write videos for prompts, from a run, a checkpoint or a folder of weights",
+    ),
 }
 
 
@@ -25,7 +36,8 @@ def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
-        ["usage: mm COMMAND [OPTIONS]", "", "Train and run multimodal models that come as pip packages.", "", "commands:", *lines, "",
+        ["usage: mm COMMAND [OPTIONS]", "", "Train and run multimodal models that come as pip packages.", "",
+         "commands:", *lines, "",
          "`mm COMMAND --help` lists a command's options; `mm --version` prints the version."]
     )  # fmt: skip
 
@@ -33,6 +45,24 @@ def _help() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command line (without the program's name) and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    try:
+        code = _command(argv)
+        sys.stdout.flush()  # here, where a reader that went away is no failure
+        return code
+    except UserError as error:
+        _report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("mm: interrupted\n")
+        return 130
+    except Exception as error:  # noqa: BLE001 - the last stop of a failure: it is printed whole
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return 0
+        traceback.print_exc()
+        return 1
+
+
+def _command(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         sys.stdout.write(_help() + "\n")
         return 0
@@ -41,27 +71,31 @@ def main(argv: list[str] | None = None) -> int:
 
         sys.stdout.write(f"mm (mmzoo-core) {__version__}\n")
         return 0
-    try:
-        if argv[0] not in COMMANDS:
-            near = closest(argv[0], COMMANDS)
-            mend = f"did you mean `mm {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}."
-            raise UserError(f"mm: there is no command {argv[0]!r}; {mend}")
-        module = importlib.import_module(COMMANDS[argv[0]][0])
-        code: int = module.run(argv[1:])
-        return code
-    except UserError as error:
-        _report(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        sys.stderr.write("mm: interrupted\n")
-        return 130
-    except BrokenPipeError:  # the reader of our output (`| head`) went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception:
-        # The last stop of a failure: print it whole, and let no process group keep the other ranks waiting.
-        traceback.print_exc()
-        return 1
+    if argv[0] not in COMMANDS:
+        near = closest(argv[0], COMMANDS)
+        mend = f"did you mean `mm {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}."
+        raise UserError(f"mm: there is no command {argv[0]!r}; {mend}")
+    module = importlib.import_module(COMMANDS[argv[0]][0])
+    code: int = module.run(argv[1:])
+    return code
+
+
+def _reader_left() -> bool:
+    """Whether it is our output that nobody reads any more (`| head`), not some other pipe.
+
+    What is still to be written then goes nowhere.
+    """
+    output = sys.__stdout__
+    if output is None:
+        return False
+    pipe = select.poll()
+    pipe.register(output.fileno(), 0)  # errors are always told
+    if not pipe.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, output.fileno())
+    os.close(nowhere)
+    return True
 
 
 def _report(error: UserError) -> None:

@@ -48,7 +48,7 @@ class InferenceConfig(SectionModel):
     boundary_ratio: Annotated[
         float | None,
         Field(
-            gt=0.0, lt=1.0, description="Share of the timesteps from which the high-noise expert denoises."
+            gt=0.0, lt=1.0, description="Sigma at and above which the high-noise expert denoises."
         ),
     ] = None
     load: Annotated[

@@ -240,6 +240,10 @@ def _cross_checks(draft: _Draft, ranks: int, *, to_run: bool) -> list[Finding]:
         findings += cross.check_folders(models.values(), model)
         findings += cross.check_weights(models, model, load=flags.load, level="error" if to_run else "note")
         findings += cross.check_channels(models, model)
+        place = ("dataset_param", "tokenizer_config", "model_max_length")
+        dataset = draft.components.get("dataset")
+        tokens = dataset.fields.get("tokenizer_config", {}).get("model_max_length") if dataset else None
+        findings += cross.check_text(models, model, tokens, data or _EMPTY, place)
     if data is not None:
         findings += cross.check_path(data, ("dataset_param", "basic_parameters", "data_path"), "file")
         findings += cross.check_path(data, ("dataset_param", "tokenizer_config", "from_pretrained"), "folder")

@@ -104,6 +104,7 @@ def id_finding(error: RegistryError, document: Document, path: KeyPath) -> Findi
     unknown = isinstance(error, UnknownIdError)
     code = "unknown-id" if unknown else "unusable-id"
     message, hint = (error.problem, error.hint) if isinstance(error, UnknownIdError) else (str(error), "")
+    hint = hint.replace("did you mean", "Did you mean", 1)  # it begins a sentence here
     return Finding.at(document.origin(path), "error", code, message, path=path, suggestion=hint)
 
 

@@ -192,6 +192,8 @@ def _hint(error: yaml.MarkedYAMLError, text: str) -> str:
         return "Put a text that holds ': ' in quotes, or check the indentation"
     if "expected <block end>" in problem:
         return "Check the indentation of this line against the lines around it"
+    if "alias" in (error.context or "") or "alphabetic or numeric character" in problem:
+        return "Quote a pattern that stands in a list: ['predictor.blocks.{*}']"
     if "undefined alias" in problem:
         return "Define it with &name before this line"
     return ""

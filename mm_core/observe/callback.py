@@ -50,6 +50,9 @@ class StepRecord:
         memory_bytes: peak of the accelerator's allocator on rank 0, or the peak resident set on a CPU.
         consumed_samples: after this step.
         extra: the task's own metrics.
+
+    Raises:
+        ValueError: the task names a metric as one of the above.
     """
 
     step: int
@@ -62,6 +65,13 @@ class StepRecord:
     memory_bytes: int
     consumed_samples: int
     extra: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        taken = sorted(self.extra.keys() & self.__dataclass_fields__.keys())
+        if taken:
+            raise ValueError(
+                f"the task's metrics {taken} have the names of the loop's own numbers; rename them"
+            )
 
     def flat(self) -> dict[str, float | int]:
         """All numbers in one level."""

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from mm_core.observe.callback import BaseCallback, RunContext, StepRecord
 
@@ -23,7 +30,9 @@ def setup_logging(rank: int, logs: Path | None = None) -> None:
         handler.close()
     root.setLevel(logging.INFO)
     if rank == 0:
-        root.addHandler(RichHandler(console=console, show_path=False, markup=False, log_time_format="%H:%M:%S"))
+        root.addHandler(
+            RichHandler(console=console, show_path=False, markup=False, log_time_format="%H:%M:%S")
+        )
     if logs is not None:
         file = logging.FileHandler(logs / f"rank-{rank:05d}.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -36,17 +45,20 @@ def setup_logging(rank: int, logs: Path | None = None) -> None:
 
 def human_bytes(count: float) -> str:
     """`1.5 GiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+    if count < 1023.5:
+        return f"{count:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
         count /= 1024
+        if count < 1023.95:  # what is rounded up to 1024.0 belongs to the next unit
+            return f"{count:.1f} {unit}"
+    count /= 1024
     return f"{count:.1f} TiB"
 
 
 def human_count(count: float) -> str:
     """`1.2k`, `3.4M`, `14.3B`."""
     for unit in ("", "k", "M"):
-        if count < 1000:
+        if count < 999.5:  # three digits would round it up to 1e+03
             return f"{count:.3g}{unit}"
         count /= 1000
     return f"{count:.3g}B"
@@ -67,11 +79,14 @@ def describe(record: StepRecord) -> str:
 
 
 class ConsoleProgress(BaseCallback):
-    """A live bar on a terminal; where there is none (a log file), one line every `--log-interval` steps, at most about one a second."""
+    """A live bar on a terminal; where there is none (a log file), one line every `--log-interval` steps.
+
+    There is at most about one line a second.
+    """
 
     def __init__(self) -> None:
         self._progress: Progress | None = None
-        self._last_line = 0.0
+        self._unsaid = 0.0  # seconds since the last line
 
     def on_train_start(self, context: RunContext) -> None:
         if not context.is_main or not console.is_terminal:
@@ -99,8 +114,8 @@ class ConsoleProgress(BaseCallback):
         if self._progress is not None:
             self._progress.update(self._task, completed=record.step, numbers=describe(record))
             return
-        self._last_line += record.seconds
-        due = record.step % context.log_interval == 0 and self._last_line >= 1.0
+        self._unsaid += record.seconds
+        due = record.step % context.log_interval == 0 and self._unsaid >= 1.0
         if due or record.step in (context.first_step + 1, context.last_step):
             eta = (context.last_step - record.step) * record.seconds
             console.print(
@@ -108,7 +123,7 @@ class ConsoleProgress(BaseCallback):
                 highlight=False,
                 soft_wrap=True,
             )
-            self._last_line = 0.0
+            self._unsaid = 0.0
             sys.stderr.flush()
 
     def on_train_end(self, context: RunContext) -> None:

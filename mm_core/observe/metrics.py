@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import IO, Any
 
 from mm_core.observe.callback import BaseCallback, RunContext, StepRecord
+from mm_registry.errors import UserError
 
 
 class MetricsFile(BaseCallback):
-    """Appends one JSON object a step; each line is flushed, so that a killed run keeps what it reported."""
+    """Appends one JSON object a step; each line is flushed, so that a killed run keeps what it reported.
+
+    A metric that is NaN or infinite becomes `null`: JSON has no word for it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -22,12 +27,14 @@ class MetricsFile(BaseCallback):
 
     def on_step_end(self, context: RunContext, record: StepRecord) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(record.flat()) + "\n")
+            numbers = {name: value if math.isfinite(value) else None for name, value in record.flat().items()}
+            self._file.write(json.dumps(numbers) + "\n")
             self._file.flush()
 
     def on_train_end(self, context: RunContext) -> None:
         if self._file is not None:
             self._file.close()
+            self._file = None
 
 
 class TensorBoard(BaseCallback):
@@ -41,7 +48,13 @@ class TensorBoard(BaseCallback):
         if context.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder), purge_step=context.first_step + 1)
+            try:
+                self._writer = SummaryWriter(str(self.folder), purge_step=context.first_step + 1)
+            except OSError as error:
+                raise UserError(
+                    f"{self.folder}: TensorBoard's files cannot be written there ({error.strerror}); "
+                    "name another folder with --tensorboard-dir."
+                ) from error
 
     def on_step_end(self, context: RunContext, record: StepRecord) -> None:
         if self._writer is not None:
@@ -52,3 +65,4 @@ class TensorBoard(BaseCallback):
     def on_train_end(self, context: RunContext) -> None:
         if self._writer is not None:
             self._writer.close()
+            self._writer = None

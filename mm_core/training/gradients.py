@@ -1,7 +1,7 @@
 """Scaling and clipping of gradients in one pass.
 
-Tasks give sums, not means, so gradients are divided by the weight of the whole global batch once a step. That division and the
-clipping are one multiplication, and nothing here waits for the device.
+Tasks give sums, not means, so gradients are divided by the weight of the whole global batch once a step. That
+division and the clipping are one multiplication, and nothing here waits for the device.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from mm_core.config import TrainFlags
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], flags: TrainFlags) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101) with the fields of the command line, fused.
 
-    The fused kernel exists on CPU, CUDA and NPU and runs on DTensors' local shards; the learning rate is set by the loop each step.
+    The fused kernel exists on CPU, CUDA and NPU and runs on DTensors' local shards; the loop sets the learning
+    rate each step.
     """
     return torch.optim.AdamW(
         [p for p in parameters if p.requires_grad],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from mm_core.models.factory import build_component, sharding_policy
 from mm_core.models.sora import EXPERTS
 from mm_core.sharding import ShardingPlan, ShardingPolicy, build_plans
 from mm_core.weights import is_hf_folder, resolve_load
+
 
 def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
     """Build the trained predictors on meta, and the whole sharding plan; find the checkpoint that `--load` means.
@@ -33,7 +35,8 @@ def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
             if index:
                 if not hasattr(composite, head):
                     composite.add_module(head, nn.ModuleList())
-                composite.get_submodule(head).append(nn.Identity())  # type: ignore[operator]
+                several: Any = composite.get_submodule(head)
+                several.append(nn.Identity())
             else:
                 composite.add_module(head, nn.Identity())
     policies: dict[str, ShardingPolicy] = {}

@@ -1,11 +1,11 @@
 """The folder of a run (`--save`): what lies where, who may write, and what a resumed run keeps.
 
-    metrics.jsonl            one object an optimizer step
-    config.json              the resolved configuration, with the origin of each value
-    tensorboard/             event files
-    logs/                    a file for each rank
-    checkpoints/             iter_0000010/ …, latest
-    .lock                    held by the live process
+- `metrics.jsonl`: one object an optimizer step
+- `config.json`: the resolved configuration, with the origin of each value
+- `tensorboard/`: event files
+- `logs/`: a file for each rank
+- `checkpoints/`: iter_0000010/ …, latest
+- `.lock`: held by the live process
 """
 
 from __future__ import annotations
@@ -16,19 +16,17 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+from mm_core.weights import complete_checkpoints, remove_temporaries
 from mm_registry.errors import UserError
 
 
 class RunFolder:
-    """A run's folder, opened by rank 0 alone.
-
-    Raises:
-        UserError: another live process holds the folder, it cannot be written, or it already holds another run's checkpoints.
-    """
+    """A run's folder, opened by rank 0 alone."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+        self._continues = False
 
     @property
     def metrics(self) -> Path:
@@ -46,35 +44,69 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def open(self, *, continues: bool) -> None:
-        """Create and lock the folder.
+    def open(self, *, continued: Path | None = None) -> list[str]:
+        """Create and lock the folder, and remove what a crash left half written.
 
         Args:
-            continues: the run goes on from a checkpoint of this very folder (`--load` names it too).
+            continued: the checkpoint of this very folder from which the run goes on; `None` for a run that
+                starts anew, or from elsewhere.
+
+        Returns:
+            Names of the half-written checkpoints that were removed.
+
+        Raises:
+            UserError: another live process holds the folder, it cannot be written, or it holds checkpoints
+                that this run would have to overwrite.
         """
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a+")
         except OSError as error:
             raise UserError(
-                f"--save {self.path}: the run's folder cannot be written ({error.strerror}); name another folder."
+                f"--save {self.path}: the run's folder cannot be written ({error.strerror}); "
+                "name another folder."
             ) from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            self._lock = None
-            raise UserError(
-                f"--save {self.path}: another process is training into this folder; wait for it, or name another folder."
-            ) from error
-        if not continues and self._complete_checkpoints():
-            raise UserError(
-                f"--save {self.path}: the folder already holds the checkpoints of a run; add `--load {self.path}` to continue it, "
-                "or name another folder."
-            )
+            self._take_lock(self._lock)
+            self._refuse_to_overwrite(continued)
+        except UserError:
+            self.close()
+            raise
+        self._continues = continued is not None
+        return remove_temporaries(self.checkpoints)
 
-    def _complete_checkpoints(self) -> bool:
-        return any(self.checkpoints.glob("iter_*/.complete"))
+    def _take_lock(self, file: IO[str]) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--save {self.path}: another process is training into this folder; wait for it, "
+                "or name another folder."
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"--save {self.path}: the folder cannot be locked ({error.strerror}), so two runs could mix "
+                "in it; name a folder on a file system that has locks."
+            ) from error
+
+    def _refuse_to_overwrite(self, continued: Path | None) -> None:
+        """A complete checkpoint is never overwritten; better to say so now than after hours of training."""
+        complete = complete_checkpoints(self.path)
+        if not complete:
+            return
+        if continued is None:
+            raise UserError(
+                f"--save {self.path}: the folder already holds the checkpoints of a run; "
+                f"add `--load {self.path}` to continue it, or name another folder."
+            )
+        names = [folder.name for folder in complete]
+        later = names[names.index(continued.name) + 1 :] if continued.name in names else names
+        if later:
+            raise UserError(
+                f"--load {continued}: {self.path} holds later checkpoints ({', '.join(later)}), which are not "
+                f"overwritten; continue the newest one (`--load {self.path}`), save to another folder, "
+                "or move them away."
+            )
 
     def close(self) -> None:
         """Let the next process have the folder."""
@@ -87,25 +119,28 @@ class RunFolder:
         write_json(self.config, resolved)
 
     def cut_metrics(self, step: int) -> None:
-        """Keep the records up to `step` (that of the checkpoint; 0 for a fresh start).
+        """Keep the records up to `step`, that of the checkpoint from which this folder's run continues.
 
-        Later ones were written by a run that ended before its next checkpoint. They are moved to `logs/`, never deleted.
+        Later ones were written by a run that ended before its next checkpoint; in a run that starts here
+        anew or from elsewhere, all are another run's. They are moved to `logs/`, never deleted.
         """
         if not self.metrics.exists():
             return
-        kept, dropped = [], []
-        for line in self.metrics.read_text().splitlines(keepends=True):
+        last = step if self._continues else 0
+        kept: list[str] = []
+        dropped: list[str] = []
+        for line in self.metrics.read_bytes().decode(errors="replace").splitlines():
             try:
-                late = int(json.loads(line)["step"]) > step
+                late = int(json.loads(line)["step"]) > last
             except (ValueError, KeyError, TypeError):
                 late = True  # the torn last line of a killed process
-            (dropped if late else kept).append(line)
-        if not dropped:
-            return
-        number = 1
-        while (aside := self.logs / f"metrics-after-step-{step}.{number}.jsonl").exists():
-            number += 1
-        _write_text(aside, "".join(dropped))
+            (dropped if late else kept).append(line + "\n")
+        if dropped:
+            number = 1
+            while (aside := self.logs / f"metrics-after-step-{last}.{number}.jsonl").exists():
+                number += 1
+            _write_text(aside, "".join(dropped))
+        # Also without anything to drop: a record whose line end was torn off would swallow the next one.
         _write_text(self.metrics, "".join(kept))
 
 

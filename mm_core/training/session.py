@@ -19,7 +19,7 @@ from mm_core.training.precheck import check_build
 from mm_core.training.run_folder import RunFolder
 from mm_core.training.stop import EXIT_TERMINATED, StopSignal
 from mm_core.training.trainer import Trainer
-from mm_core.weights import remove_temporaries
+from mm_core.weights import is_hf_folder, resolve_load
 from mm_registry import default_manager
 from mm_registry.errors import UserError
 
@@ -52,8 +52,12 @@ def _train_rank(job: TrainingJob, children: LocalRanks | None) -> int:
     run = RunFolder(Path(job.flags.save)) if job.flags.save else None
     try:
         _agree(job)
-        _open(run, job, rank)
+        removed = _open(run, job, rank)
         setup_logging(rank, run.logs if run else None)
+        for name in removed:
+            log.info("removed %s, left by a run that was killed", name)
+        if run is None:
+            log.warning("without --save nothing is kept of this run: no checkpoints, no metrics.jsonl")
         for finding in job.findings:
             log.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s", finding)
         accelerator.seed_all(job.flags.seed + rank)
@@ -81,29 +85,35 @@ def _agree(job: TrainingJob) -> None:
     odd = [i for i, other in enumerate(digests) if not torch.equal(other, digests[0])]
     if odd:
         raise UserError(
-            f"ranks {odd} read another configuration or see other plugins than rank 0; every machine needs the same files and the "
-            "same installed distributions (compare `mm list` on each)."
+            f"ranks {odd} read another configuration or see other plugins than rank 0; every machine needs the same files "
+            "and the same installed distributions (compare `mm list` on each)."
         )
 
 
-def _open(run: RunFolder | None, job: TrainingJob, rank: int) -> None:
-    """Rank 0 opens the run's folder; when it cannot, every rank raises."""
+def _open(run: RunFolder | None, job: TrainingJob, rank: int) -> list[str]:
+    """Rank 0 opens the run's folder; when it cannot, every rank raises. Return what rank 0 removed from it."""
+    removed: list[str] = []
     if run is None:
-        return
+        return removed
     message = [""]
     if rank == 0:
-        load = job.flags.load
-        continues = load is not None and Path(load).resolve().is_relative_to(run.path.resolve())
         try:
-            run.open(continues=continues)
-            for name in remove_temporaries(run.path):
-                log.info("removed %s, left by a run that was killed", name)
+            removed = run.open(continued=_continued(run, job))
         except UserError as error:
             message = [str(error)]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(message, src=0)
     if message[0]:
         raise UserError(message[0])
+    return removed
+
+
+def _continued(run: RunFolder, job: TrainingJob) -> Path | None:
+    """The checkpoint of the run's own folder from which the job goes on; `None` if it starts another run."""
+    load = Path(job.flags.load) if job.flags.load else None
+    if load is None or job.flags.finetune or is_hf_folder(load):
+        return None
+    return resolve_load(load) if load.resolve().is_relative_to(run.path.resolve()) else None
 
 
 def _leave() -> None:

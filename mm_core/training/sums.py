@@ -36,8 +36,8 @@ class StepSums:
         self, losses: torch.Tensor, weights: torch.Tensor, metrics: dict[str, torch.Tensor], tokens: int
     ) -> None:
         """Add one micro batch: losses `[B]`, weights `[B]`, metrics 0-d."""
-        self.loss += losses.detach().sum()
-        self.weight += weights.detach().sum()
+        self.loss += losses.detach().sum(dtype=torch.float32)
+        self.weight += weights.detach().sum(dtype=torch.float32)
         self.tokens += tokens
         for name, value in metrics.items():
             self.metrics[name] = self.metrics.get(name, torch.zeros_like(self.loss)) + value.detach()

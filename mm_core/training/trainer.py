@@ -111,6 +111,12 @@ class Trainer:
         self.step = int(state["step"])
         self.consumed_samples = int(state["consumed_samples"])
         log.info("continuing %s after step %d", checkpoint, self.step)
+        if self.step >= flags.train_iters:
+            log.warning(
+                "nothing is left to train: --train-iters is %d, and the checkpoint is of step %d",
+                flags.train_iters,
+                self.step,
+            )
 
     def _build_batches(self) -> Iterator[dict[str, Any]]:
         flags = self.flags
@@ -135,7 +141,11 @@ class Trainer:
                 self.run.cut_metrics(self.step)
                 self.run.write_config(self.job.resolved())
             callbacks.append(MetricsFile(self.run.metrics))
-            callbacks.append(TensorBoard(Path(self.flags.tensorboard_dir or self.run.path / "tensorboard")))
+        board = self.flags.tensorboard_dir or (
+            self.run.path / "tensorboard" if self.run is not None else None
+        )
+        if board is not None:
+            callbacks.append(TensorBoard(Path(board)))
         if self.job.tools.profile.enable:
             callbacks.append(StaticProfile(self.job.tools))
         return callbacks

@@ -177,9 +177,9 @@ def _nearest(
             parts.append(f"{name!r} ({', '.join(spec.provider for spec in here[name])})")
         else:
             provider = known_here[name]
-            where = f"offered by {provider.distribution}, which is not installed; run {provider.install}"
-            parts.append(f"{name!r}, {where}")
-    return f"closest: {', '.join(parts)}" if parts else None
+            where = f"of {provider.distribution}, which is not installed: {provider.install}"
+            parts.append(f"{name!r} ({where})")
+    return f"did you mean {', or '.join(parts)}?" if parts else None
 
 
 def _all_of(noun: str, here: Mapping[str, Sequence[EntrySpec]]) -> str:

@@ -1,4 +1,4 @@
-"""A mistake of the user's ends in one clear message that says where, what and how to mend it, exit code 2, and nothing written."""
+"""A mistake ends in one clear message that says where, what and how to mend it, exit code 2, and nothing written."""
 
 from __future__ import annotations
 

@@ -176,7 +176,8 @@ def test_removed_plugin_is_gone_and_the_message_says_how_to_get_it_back(
     )
     assert after["PREDICTOR_MODEL_MAPPINGS wandi"] == (
         "no installed distribution offers the predictor 'wandi'; "
-        f"closest: 'wandit', offered by mmzoo-plugin-wan22, which {not_installed}"
+        "did you mean 'wandit' (of mmzoo-plugin-wan22, which is not installed: "
+        "`pip install ./mm_plugins/wan22` in a clone of MM Zoo)?"
     )
     assert "'wandit' is a predictor, not an ae" in after["AE_MODEL_MAPPINGS wandit"]
     assert after["AE_MODEL_MAPPINGS haar_video"] == "mmzoo-plugin-haar 0.1.0"

@@ -30,7 +30,10 @@ class Task(Protocol):
         ...
 
     def loss(self, outputs: Any, inputs: Any) -> LossParts:
-        """`(sums [B], weights [B], metrics)`: the loss of the batch is `sums.sum() / weights.sum()`; metrics are 0-d sums over samples."""
+        """`(sums [B], weights [B], metrics)`: the loss of the batch is `sums.sum() / weights.sum()`.
+
+        Metrics are 0-d sums over samples.
+        """
         ...
 
     def tokens(self, inputs: Any) -> int:

@@ -28,8 +28,8 @@ class DiffusionInputs:
 class DiffusionTask:
     """The loss of `SoRAModel`: `diffusion.training_losses(predictor(x_t, t, prompt), x_0, x_t, noise, t)`.
 
-    Noise and timestep of a sample are keyed by (seed, purpose, consumed-sample index): each sample has its own timestep, and neither
-    the rank, the world size, the micro batch nor a resume changes it.
+    Noise and timestep of a sample are keyed by (seed, purpose, consumed-sample index): each sample has its own
+    timestep, and neither the rank, the world size, the micro batch nor a resume changes it.
 
     Args:
         model: components; only its predictor is trained.
@@ -79,7 +79,8 @@ class DiffusionTask:
 
     def forward(self, model: torch.nn.Module, inputs: DiffusionInputs) -> torch.Tensor:
         # The predictor is its own FSDP root, so it is called directly and not through the composite.
-        output: torch.Tensor = model.predictor(inputs.noised_latents, inputs.timesteps, **inputs.conditions)  # type: ignore[operator]
+        predictor: Any = model.predictor
+        output: torch.Tensor = predictor(inputs.noised_latents, inputs.timesteps, **inputs.conditions)
         return output  # [B, C, T, H, W]
 
     def loss(self, outputs: torch.Tensor, inputs: DiffusionInputs) -> LossParts:

@@ -88,7 +88,7 @@ class WanFlowMatchScheduler:
 
     def _bell(self, t: torch.Tensor) -> torch.Tensor:
         n = self.num_train_timesteps
-        return torch.exp(-2 * ((t.double() - n / 2) / n) ** 2)
+        return torch.exp(-2 * ((t - n / 2) / n) ** 2)
 
     def _index_range(
         self, grid: torch.Tensor, low: float, high: float, boundary: float | None, expert: str | None
@@ -135,8 +135,8 @@ class WanFlowMatchScheduler:
         )
 
     def training_weight(self, t: torch.Tensor) -> torch.Tensor:
-        """Weight of timestep values `[B]` -> `[B]` float64: a bell around the middle, its mean over the
-        grid 1, its least 0.
+        """Weight of timestep values `[B]` -> `[B]` in their dtype: a bell around the middle, its mean over
+        the grid 1, its least 0.
         """
         return (self._bell(t) - self._weight_floor) * self._weight_scale
 
@@ -174,7 +174,7 @@ class WanFlowMatchScheduler:
             noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
         t = t.to(latents.device, torch.float32)
         noise = noise.to(clean)
-        sigma = (t.double() / self.num_train_timesteps).to(clean.dtype).view(-1, *[1] * (latents.ndim - 1))
+        sigma = (t.to(clean.dtype) / self.num_train_timesteps).view(-1, *[1] * (latents.ndim - 1))
         return (1 - sigma) * clean + sigma * noise, noise, t
 
     def training_losses(
@@ -196,7 +196,8 @@ class WanFlowMatchScheduler:
         dtype = torch.promote_types(model_output.dtype, torch.float32)
         target = noise.to(dtype) - x_start.to(dtype)
         error = (model_output.to(dtype) - target).square().flatten(1).mean(1)  # [B]
-        return error * self.training_weight(t).to(dtype)
+        # Not in float64 as such: NPUs have none.
+        return error * self.training_weight(t.to(dtype))
 
     def sample(
         self,

@@ -59,8 +59,8 @@ def transforms(files: Any) -> list[dict[str, Any]]:
 BAD: list[tuple[str, Spoil, str, str]] = [
     ("id", lambda f: f.model["predictor"].update(model_id="wandti"),
      '"model_id": ^"wandti"',
-     "no installed distribution offers the predictor 'wandti'. closest: 'wandit' "
-     "(mmzoo-plugin-wan22 0.1.0)"),
+     "no installed distribution offers the predictor 'wandti'. Did you mean 'wandit' "
+     "(mmzoo-plugin-wan22 0.1.0)?"),
     ("other role", lambda f: f.model["ae"].update(model_id="wandit"),
      '"model_id": ^"wandit",\n        "from_pretrained"',
      "no installed distribution offers the ae 'wandit'. 'wandit' is a predictor, not an ae: it "
@@ -128,7 +128,7 @@ BAD: list[tuple[str, Spoil, str, str]] = [
      '"norm_fun", "CenterCropResizeVideo"'),
     ("dataset", lambda f: f.data["dataset_param"].update(dataset_type="i2v"),
      '^"i2v"',
-     "no installed distribution offers the dataset 'i2v'. closest: 't2v' (mmzoo-core 0.1.0)"),
+     "no installed distribution offers the dataset 'i2v'. Did you mean 't2v' (mmzoo-core 0.1.0)?"),
     ("dynamic", lambda f: f.tools["profile"].update(enable=True, profile_type="dynamic"),
      '^"dynamic"',
      '"profile_type": dynamic profiling is not available yet; use "static"'),
@@ -231,18 +231,25 @@ def test_bf16_fills_the_sharding_file_and_may_not_contradict_it(files: Any) -> N
     ]
 
 
-def test_several_text_encoders_are_numbered(files: Any) -> None:
-    second = {**files.model["text_encoder"], "model_id": "CLIP"}
+def test_several_text_encoders_are_checked_each_and_refused_for_one_tokenizer(files: Any) -> None:
+    second = {**files.model["text_encoder"], "model_id": "CLIP", "dtyp": "bf16"}
     files.model["text_encoder"] = [files.model["text_encoder"], second]
     files.write()
-    components = load_training_job(files.flags()).components
-    assert components["text_encoder.1"].path == ("text_encoder", 1)
-    assert "text_encoder" not in components
-    second["dtyp"] = "bf16"
-    found = files.check()
-    assert found == [
+    assert files.check() == [
         files.find('^"dtyp"') + ' error: unknown key "dtyp" in text_encoder[1] (CLIP). Did you mean "dtype"?'
     ]
+    del second["dtyp"]
+    files.write()
+    (found,) = files.check()
+    assert "error: the captions are tokenised once, for one text encoder. Keep one section" in found
+
+
+def test_more_tokens_than_the_predictor_reads(files: Any) -> None:
+    files.model["predictor"]["text_len"] = 16
+    files.data["dataset_param"]["tokenizer_config"]["model_max_length"] = 32
+    (found,) = files.check()
+    assert found.startswith(files.find('"model_max_length": ^32'))
+    assert "model_max_length is 32, but predictor (wandit) reads 16 tokens (text_len). Write 16" in found
 
 
 def test_comments_schema_and_unknown_kinds_of_files(files: Any, tmp_path: Path) -> None:

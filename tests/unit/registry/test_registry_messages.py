@@ -35,13 +35,13 @@ def wan(site: Any) -> PluginManager:
             PREDICTORS,
             "wandti",
             "no installed distribution offers the predictor 'wandti'; "
-            "closest: 'wandit' (mmzoo-plugin-wan22 0.1.0), 'wandit2' (acme 2.0)",
+            "did you mean 'wandit' (mmzoo-plugin-wan22 0.1.0), or 'wandit2' (acme 2.0)?",
         ),
         (
             PREDICTORS,
             "WanDiT",
             "no installed distribution offers the predictor 'WanDiT'; "
-            "closest: 'wandit' (mmzoo-plugin-wan22 0.1.0), 'wandit2' (acme 2.0)",
+            "did you mean 'wandit' (mmzoo-plugin-wan22 0.1.0), or 'wandit2' (acme 2.0)?",
         ),
         (
             AES,
@@ -60,9 +60,9 @@ def wan(site: Any) -> PluginManager:
         (
             AES,
             "haar_vidoe",
-            "no installed distribution offers the ae 'haar_vidoe'; closest: 'haar_video', offered by "
-            "mmzoo-plugin-haar, which is not installed; "
-            "run `pip install ./examples/plugins/mmzoo-plugin-haar` in a clone of MM Zoo",
+            "no installed distribution offers the ae 'haar_vidoe'; did you mean 'haar_video' (of "
+            "mmzoo-plugin-haar, which is not installed: "
+            "`pip install ./examples/plugins/mmzoo-plugin-haar` in a clone of MM Zoo)?",
         ),
         (
             PREDICTORS,

@@ -1,0 +1,123 @@
+"""The flags of `mm generate`: every mistake is one message and exit code 2, before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mm_core.cli import generate as command
+from mm_core.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[3]
+MODEL = "examples/tiny/wan22-t2v/inference_model.json"
+
+
+@pytest.fixture(autouse=True)
+def _root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("RANK", raising=False)
+
+
+@pytest.fixture
+def received(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a right command line comes to, instead of videos."""
+    seen: dict[str, Any] = {}
+
+    def stop_here(job: Any, options: Any) -> int:
+        seen.update(job=job, **vars(options))
+        return 0
+
+    monkeypatch.setattr(command, "_generate", stop_here)
+    return seen
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main(["generate", *map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"),
+    [("--promt", "--prompt"), ("--num_inference_step", "--num-inference-steps"), ("--sed=3", "--seed")],
+)
+def test_an_unknown_flag(flag: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    err = refused(capsys, "--mm-model", MODEL, flag, "x")
+    assert flag.partition("=")[0].replace("_", "-") in err
+    assert f"did you mean {meant}?" in err
+
+
+def test_a_flag_like_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "mm generate --help" in refused(capsys, "--mm-model", MODEL, "--qqqqqq")
+
+
+def test_no_abbreviations(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--neg" in refused(capsys, "--mm-model", MODEL, "--neg", "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--seed", "1.5"], ["--seed", "1.5"]),
+        (["--seed", "one"], ["--seed", "one"]),
+        (["--seed"], ["--seed"]),
+        (["--num-inference-steps", "0"], ["--num-inference-steps 0", "at least 1"]),
+        (["--num-inference-steps", "-3"], ["--num-inference-steps -3", "at least 1"]),
+        (["--batch-size", "0"], ["--batch-size 0", "at least 1"]),
+        (["--guidance-scale", "strong"], ["--guidance-scale", "strong"]),
+        (["--guidance-scale", "nan"], ["--guidance-scale", "finite"]),
+        (["--guidance-scale", "1", "2", "3"], ["--guidance-scale", "two"]),
+        (["stray"], ["stray"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_wrong_values(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    err = refused(capsys, "--mm-model", MODEL, "--load", ".", *arguments)
+    assert all(word in err for word in words), err
+
+
+def test_the_model_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--mm-model" in refused(capsys, "--prompt", "x")
+
+
+def test_a_model_file_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere.json" in refused(capsys, "--mm-model", "nowhere.json", "--prompt", "x")
+
+
+def test_underscores_are_hyphens_in_flags_only(received: dict[str, Any], tmp_path: Path) -> None:
+    arguments = [
+        "--mm_model", MODEL, "--prompt=a_tram --crosses", "--negative_prompt", "very_bad", "--save_path", str(tmp_path / "my_out"),
+        "--num_inference_steps", "4", "--guidance_scale", "3", "4.5", "--seed", "-1", "--batch_size=2", "--load", str(tmp_path),
+    ]  # fmt: skip
+    assert main(["generate", *arguments]) == 0
+    assert received["prompt"] == "a_tram --crosses"
+    assert received["negative_prompt"] == "very_bad"
+    assert received["save_path"] == str(tmp_path / "my_out")
+    assert received["num_inference_steps"] == 4
+    assert received["guidance_scale"] == [3.0, 4.5]
+    assert received["seed"] == -1
+    assert received["batch_size"] == 2
+    assert received["job"].prompts == ("a_tram --crosses",) or list(received["job"].prompts) == [
+        "a_tram --crosses"
+    ]
+
+
+def test_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "-h"]) == 0
+    out = capsys.readouterr().out
+    for flag in (
+        "--mm-model",
+        "--prompt",
+        "--negative-prompt",
+        "--load",
+        "--save-path",
+        "--seed",
+        "--guidance-scale",
+        "--batch-size",
+    ):
+        assert flag in out
