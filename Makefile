@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM = false
 
 help:
 	@echo "make setup      .venv with the tested versions, the core, the plugins, and the haar example plugin as a wheel"
-	@echo "make demo       train a tiny Wan2.2 on a real clip and look at it (some minutes)"
+	@echo "make demo       train a tiny Wan2.2 on two real clips and look at it (some minutes)"
 	@echo "make test       the tests; make test-full runs the slow ones too"
 	@echo "make lint       ruff, mypy, import-linter"
 	@echo "make bench      our training step against a plain loop"

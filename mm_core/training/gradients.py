@@ -31,6 +31,8 @@ def scale_and_clip(
     norm = torch.nn.utils.get_total_norm(grads)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    # Offloaded gradients lie on the CPU, and a kernel over a list takes no scalar of another device.
+    scale = scale.to(norm.device)
     norm = norm.float() * scale
     factor = scale
     if max_norm > 0:

@@ -77,7 +77,7 @@ class RunFolder:
 
     def _take_lock(self, file: IO[str]) -> None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"--save {self.path}: another process is training into this folder; wait for it, "
@@ -115,7 +115,12 @@ class RunFolder:
             self._lock = None
 
     def write_config(self, resolved: dict[str, Any]) -> None:
-        """Write `config.json` in one move."""
+        """Write `config.json` in one move. That of the part of the run before a resume is kept in `logs/`."""
+        if self.config.exists():
+            number = 1
+            while (older := self.logs / f"config.{number}.json").exists():
+                number += 1
+            self.config.rename(older)
         write_json(self.config, resolved)
 
     def cut_metrics(self, step: int) -> None:

@@ -63,11 +63,12 @@ def _train_rank(job: TrainingJob, children: LocalRanks | None) -> int:
         accelerator.seed_all(job.flags.seed + rank)
         with StopSignal(children.terminate if children else None) as stop:
             stopped = Trainer(job, accelerator, run).train(lambda: stop.requested)
+        # Only an orderly end: after a failure the peers may stand in a collective, and waiting for them would hang.
+        dist.destroy_process_group()
         return EXIT_TERMINATED if stopped else 0
     finally:
         if run is not None:
             run.close()
-        _leave()
 
 
 def _agree(job: TrainingJob) -> None:
@@ -101,6 +102,8 @@ def _open(run: RunFolder | None, job: TrainingJob, rank: int) -> list[str]:
             removed = run.open(continued=_continued(run, job))
         except UserError as error:
             message = [str(error)]
+        except OSError as error:
+            message = [f"--save {run.path}: the run's folder cannot be prepared ({error})."]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(message, src=0)
     if message[0]:
@@ -114,8 +117,3 @@ def _continued(run: RunFolder, job: TrainingJob) -> Path | None:
     if load is None or job.flags.finetune or is_hf_folder(load):
         return None
     return resolve_load(load) if load.resolve().is_relative_to(run.path.resolve()) else None
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+_TOKEN_UNIT = (
+    4096  # counts are summed in fp32 in two parts, each far below 2^24, where fp32 stops being exact
+)
+
 
 @dataclass(frozen=True)
 class StepTotals:
@@ -50,11 +54,13 @@ class StepSums:
                 self.loss,
                 self.weight,
                 *(self.metrics[name] for name in names),
-                self.loss.new_tensor(float(self.tokens)),
                 self.loss.new_tensor(float(stop)),
+                self.loss.new_tensor(self.tokens // _TOKEN_UNIT),
+                self.loss.new_tensor(self.tokens % _TOKEN_UNIT),
             ]
         )
         if dist.get_world_size() > 1:
             dist.all_reduce(numbers)
-        loss, weight, *metrics, tokens, stopped = numbers.tolist()
+        loss, weight, *metrics, stopped, thousands, rest = numbers.tolist()
+        tokens = thousands * _TOKEN_UNIT + rest
         return StepTotals(loss, weight, tokens, stopped > 0, dict(zip(names, metrics, strict=True)))

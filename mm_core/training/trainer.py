@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,20 @@ from mm_core.training.run_folder import RunFolder
 from mm_core.training.schedule import LearningRate
 from mm_core.training.sums import StepSums
 from mm_core.weights import is_hf_folder, load_checkpoint, materialize, resolve_load, save_checkpoint
+from mm_registry import default_manager
+from mm_registry.errors import UserError
 
 log = logging.getLogger(__name__)
+
+
+def changed_plugins(before: Mapping[str, str], now: Sequence[tuple[str, str]]) -> list[str]:
+    """A line for each distribution in use whose version is not the checkpoint's."""
+    lines = []
+    for name in sorted({*before, *dict(now)}):
+        old, new = before.get(name, "absent"), dict(now).get(name, "absent")
+        if old != new:
+            lines.append(f"{name} is {new}, and was {old} when the checkpoint was written")
+    return lines
 
 
 class NonFiniteLossError(RuntimeError):
@@ -54,6 +68,7 @@ class Trainer:
         self.device = accelerator.device
         self.step = 0
         self.consumed_samples = 0
+        self.loaded: dict[str, Any] = {}  # what the checkpoint that is continued says of its run
         self.accumulation = flags.accumulation_steps(self.world_size)
 
         self.model = build_sora_model(job.components, device=self.device, hooks=job.hooks)
@@ -108,6 +123,14 @@ class Trainer:
         if fresh:
             log.info("predictor: weights of %s; the run starts at step 0 (--finetune)", checkpoint)
             return
+        self.loaded = state
+        if state["seed"] != flags.seed:
+            raise UserError(
+                f"--seed {flags.seed}: the run that --load continues has seed {state['seed']}, and order, noise and timesteps "
+                f"would change in its middle; use --seed {state['seed']}, or --finetune to start another run from its weights."
+            )
+        for line in changed_plugins(state["plugins"], self.job.plugins):
+            log.warning("%s", line)
         self.step = int(state["step"])
         self.consumed_samples = int(state["consumed_samples"])
         log.info("continuing %s after step %d", checkpoint, self.step)
@@ -121,6 +144,14 @@ class Trainer:
     def _build_batches(self) -> Iterator[dict[str, Any]]:
         flags = self.flags
         dataset = build_dataset(self.job.components["dataset"], flags.seed)
+        self.dataset_samples = len(dataset)
+        before = self.loaded.get("dataset_samples", self.dataset_samples)
+        if before != self.dataset_samples:
+            log.warning(
+                "the dataset has %d samples, and had %d when the checkpoint was written: the order of samples changes from here",
+                self.dataset_samples,
+                before,
+            )
         loader = build_loader(
             dataset,
             self.job.data,
@@ -139,7 +170,7 @@ class Trainer:
         if self.run is not None:
             if self.rank == 0:
                 self.run.cut_metrics(self.step)
-                self.run.write_config(self.job.resolved())
+                self.run.write_config(self._resolved())
             callbacks.append(MetricsFile(self.run.metrics))
         board = self.flags.tensorboard_dir or (
             self.run.path / "tensorboard" if self.run is not None else None
@@ -150,13 +181,24 @@ class Trainer:
             callbacks.append(StaticProfile(self.job.tools))
         return callbacks
 
+    def _resolved(self) -> dict[str, Any]:
+        """The configuration with origins and trace, and what it became: plugins' fingerprint and sharding plans."""
+        shards = self.model.device_mesh.size(-1)
+        return {
+            **self.job.resolved(),
+            "fingerprint": default_manager().fingerprint(),
+            "sharding": {
+                path or ".": plan.as_dict(shards) for path, plan in self.model.sharding_plans.items()
+            },
+        }
+
     # -- the loop ---------------------------------------------------------------------------------------------------
 
-    def train(self, stop_requested: Any) -> bool:
+    def train(self, stop_requested: Callable[[], bool]) -> bool:
         """Run to `--train-iters`, or until a stop is asked for.
 
         Args:
-            stop_requested: called once a step; true after SIGTERM. The ranks agree on it.
+            stop_requested: called at the end of each step's last backward pass; true after SIGTERM. The ranks agree on it.
 
         Returns:
             Whether the run ended because it was asked to.
@@ -168,14 +210,15 @@ class Trainer:
         )  # fmt: skip
         saved_at = self.step if self.step else -1
         stopping = False
-        try:
+        with ExitStack() as ends:  # each callback gets its end, also when another one's fails
             for callback in self.callbacks:
+                ends.callback(callback.on_train_end, context)
                 callback.on_train_start(context)
             self._describe()
             while self.step < flags.train_iters and not stopping:
                 for callback in self.callbacks:
                     callback.on_step_start(context, self.step + 1)
-                record, stopping = self._train_step(bool(stop_requested()))
+                record, stopping = self._train_step(stop_requested)
                 for callback in self.callbacks:
                     callback.on_step_end(context, record)
                 if flags.exit_interval and self.step % flags.exit_interval == 0:
@@ -185,30 +228,37 @@ class Trainer:
                     saved_at = self.step
             if saved_at != self.step:
                 self.save()
-        finally:
-            for callback in self.callbacks:
-                callback.on_train_end(context)
         return stopping
 
-    def _train_step(self, stop: bool) -> tuple[StepRecord, bool]:
-        """One optimizer step over the global batch."""
+    def _micro_batches(self, indices: list[int]) -> Iterator[dict[str, Any]]:
+        """The micro batches of one optimizer step, read when they are asked for; their samples are noted."""
+        for batch in itertools.islice(self.batches, self.accumulation):
+            indices += batch["sample_index"].tolist()
+            yield batch
+
+    def _train_step(self, stop_requested: Callable[[], bool]) -> tuple[StepRecord, bool]:
+        """One optimizer step over the global batch. FSDP2 reduces gradients in each micro batch, so only shards are kept."""
         started = time.perf_counter()
         flags = self.flags
-        micro_batches = [next(self.batches) for _ in range(self.accumulation)]
+        indices: list[int] = []
         sums = StepSums(self.device)
-        for inputs in self.task.prepare(micro_batches):
+        for inputs in self.task.prepare(self._micro_batches(indices)):
             outputs = self.task.forward(self.model, inputs)
             losses, weights, metrics = self.task.loss(outputs, inputs)
             losses.sum().backward()
             sums.add(losses, weights, metrics, self.task.tokens(inputs))
-        total = sums.reduce(stop)
+        total = sums.reduce(stop_requested())
+        if not total.weight > 0:
+            raise NonFiniteLossError(
+                f"step {self.step + 1}: the weights of the global batch add up to {total.weight}, so nothing can be learnt; "
+                f"samples of rank {self.rank}: {indices}."
+            )
 
         # FSDP averages gradients over the ranks; what is wanted is their sum divided by the weight of the whole global batch.
         scale = torch.tensor(self.world_size / total.weight, device=self.device)
         norm = scale_and_clip(self.parameters, scale, flags.clip_grad)
         loss, grad_norm = total.loss / total.weight, norm.item()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            indices = [i for batch in micro_batches for i in batch["sample_index"].tolist()]
             raise NonFiniteLossError(
                 f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}; the weights are those of step {self.step}. "
                 f"Samples of rank {self.rank}: {indices}. Lower --lr, or set --clip-grad."
@@ -248,7 +298,14 @@ class Trainer:
             self.step,
             {"predictor": self.model.predictor},
             None if self.flags.no_save_optim else self.optimizer,
-            {"step": self.step, "consumed_samples": self.consumed_samples, "seed": self.flags.seed},
+            {
+                "step": self.step,
+                "consumed_samples": self.consumed_samples,
+                "seed": self.flags.seed,
+                "dataset_samples": self.dataset_samples,
+                "plugins": dict(self.job.plugins),
+                "config": self._resolved(),
+            },
             with_rng=not self.flags.no_save_rng,
         )
         log.info("checkpoint %s", path)

@@ -141,7 +141,8 @@ def load_checkpoint(
                 )
             named = NamedOptimizer(optimizer, modules)
             tensors |= named.prepare_states({name for name in stored if name.startswith(PREFIX)})
-            named.restore_settings(content["optimizer"])
+            for change in named.restore_settings(content["optimizer"]):
+                log.warning("the optimizer goes on with another setting than the checkpoint's: %s", change)
     with ranks_agree(what):
         dcp.load({name: t.detach() for name, t in tensors.items()}, storage_reader=SafeReader(checkpoint))
     with ranks_agree(what):

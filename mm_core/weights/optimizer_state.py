@@ -90,8 +90,12 @@ class NamedOptimizer:
             )
         return tensors
 
-    def restore_settings(self, settings: Mapping[str, Any]) -> None:
-        """Put back the hyperparameters and plain numbers that `settings()` gave.
+    def restore_settings(self, settings: Mapping[str, Any]) -> list[str]:
+        """Put back the plain numbers of the states that `settings()` gave. Hyperparameters are this run's own.
+
+        Returns:
+            A line for each hyperparameter that differs from the stored one, such as `weight_decay 0.01 → 0.1`;
+            the learning rate, which the loop sets each step, aside.
 
         Raises:
             WeightsError: the groups hold other parameters.
@@ -109,14 +113,18 @@ class NamedOptimizer:
                 f"{len(groups)} of {[len(g['params']) for g in groups]}, or others; "
                 "use --no-load-optim to go on without it."
             )
-        for group, entry in zip(groups, stored, strict=True):
-            for key, value in entry["hyperparameters"].items():
-                group[key] = _like(group.get(key), value)
+        changes = [
+            f"{key} {value} → {_plain(group.get(key))}"
+            for group, entry in zip(groups, stored, strict=True)
+            for key, value in entry["hyperparameters"].items()
+            if key not in ("lr", "initial_lr") and _as_json(group.get(key)) != value
+        ]
         scalars = settings["scalars"]
         for name, key, _ in list(self._items()):
             if f"{name}.{key}" in scalars:
                 parameter = next(p for p, n in self.names.items() if n == name)
                 self.optimizer.state[parameter][key] = scalars[f"{name}.{key}"]
+        return list(dict.fromkeys(changes))
 
     def _items(self) -> Iterator[tuple[str, str, Any]]:
         for parameter, name in self.names.items():
@@ -144,12 +152,7 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
-def _like(current: Any, value: Any) -> Any:
-    """JSON knows no tuples and no tensors: give a stored value the kind of the one that it replaces."""
-    if isinstance(current, tuple):
-        return tuple(value)
-    return (
-        torch.as_tensor(value, dtype=current.dtype, device=current.device)
-        if isinstance(current, torch.Tensor)
-        else value
-    )
+def _as_json(value: Any) -> Any:
+    """As it comes back from JSON, which knows no tuples."""
+    value = _plain(value)
+    return list(value) if isinstance(value, tuple) else value

@@ -46,7 +46,7 @@ def relative_distance(a: dict[str, Any], b: dict[str, Any]) -> float:
         pytest.param(2, {"sub_modules_to_wrap": (), "ignored_modules": ("ae",)}, id="2-root-only"),
         pytest.param(2, {"offload_to_cpu": True}, id="2-offload"),
         pytest.param(4, {}, id="4", marks=pytest.mark.slow),
-        pytest.param(4, {"sharding_size": 2}, id="4-hsdp-2x2", marks=pytest.mark.slow),
+        pytest.param(4, {"sharding_size": 2}, id="4-hsdp-2x2"),
         pytest.param(4, {"reshard_after_forward": 2}, id="4-reshard-to-2", marks=pytest.mark.slow),
         pytest.param(
             2, {"recompute_modules": BLOCKS, "use_reentrant": True}, id="2-reentrant", marks=pytest.mark.slow

@@ -93,6 +93,23 @@ def test_resume_is_bit_equal(ten_steps: Path, tmp_path: Path, ranks: int) -> Non
     assert tensors(parts, 10) == tensors(whole, 10)
 
 
+def test_flags_decide_on_resume_and_the_seed_may_not_change(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(Job(), run, steps=2).code == 0
+    refused = train(Job(), run, "--load", run, "--seed", "8", steps=3)
+    assert refused.code == 2
+    assert "--seed 7" in refused.err
+    assert len(metrics(run)) == 2
+    result = train(Job(), run, "--load", run, "--weight-decay", "0.5", "--num-workers", "1", steps=3)
+    assert result.code == 0, result.err
+    assert "weight_decay 0.01 → 0.5" in (run / "logs" / "rank-00000.log").read_text()
+    state = json.loads((run / "checkpoints" / "iter_0000003" / "state.json").read_text())
+    assert state["optimizer"]["groups"][0]["hyperparameters"]["weight_decay"] == 0.5
+    assert state["state"]["plugins"]["mmzoo-plugin-wan22"]
+    assert state["state"]["config"]["sharding"]["predictor"]
+    assert (run / "logs" / "config.1.json").exists()
+
+
 def test_two_ranks_give_the_losses_of_one(tmp_path: Path) -> None:
     for ranks in (1, 2):
         result = train(

@@ -1,4 +1,4 @@
-"""The demo: train a tiny Wan2.2 on a real clip, and regenerate the clip from its caption before and after.
+"""The demo: train a tiny Wan2.2 on two real clips, and regenerate them from their captions before and after.
 
 Run from anywhere by `make demo`. Everything it does is a command that you can type yourself; it prints each one.
 What it makes lies in `runs/demo` (an older run is moved aside, not deleted).
@@ -24,7 +24,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--save", default="runs/demo", help="folder of the run (default: runs/demo)")
-    parser.add_argument("--train-iters", type=int, default=900, help="optimizer steps (default: 900)")
+    parser.add_argument("--train-iters", type=int, default=700, help="optimizer steps (default: 700)")
     parser.add_argument("--seed", type=int, default=42)
     options = parser.parse_args()
     started = time.perf_counter()
@@ -46,8 +46,8 @@ def main() -> None:
     mm("train",
        "--mm-model", str(HERE / "model.json"), "--mm-data", str(HERE / "data.json"),
        "--mm-tool", str(HERE / "tools.json"), "--fsdp2-config-path", str(HERE / "fsdp2.yaml"),
-       "--train-iters", str(options.train_iters), "--num-workers", "0", "--micro-batch-size", "4", "--global-batch-size", "4",
-       "--lr", "2e-3", "--lr-decay-style", "cosine", "--lr-warmup-iters", "20", "--clip-grad", "1.0",
+       "--train-iters", str(options.train_iters), "--num-workers", "0", "--micro-batch-size", "2", "--global-batch-size", "2",
+       "--lr", "5e-3", "--lr-decay-style", "cosine", "--lr-warmup-iters", "20", "--clip-grad", "1.0",
        "--seed", str(options.seed), "--save", options.save, "--save-interval", "300")  # fmt: skip
 
     mm("generate", "--mm-model", str(HERE / "inference_model.json"), "--load", options.save, *generate,
@@ -106,7 +106,7 @@ def compare(run: Path, options: argparse.Namespace, started: float) -> dict[str,
         clips[when] = [read_video(path) for path in sorted((run / "generated" / when).glob("*.mp4"))]
         scores[when] = [psnr(made, shown) for made, shown in zip(clips[when], real, strict=True)]
         wide = (
-            np.concatenate(clips[when], axis=2).repeat(4, axis=1).repeat(4, axis=2)
+            np.concatenate(clips[when], axis=2).repeat(6, axis=1).repeat(6, axis=2)
         )  # [T, H, clips * W, 3], enlarged
         videos[when] = write_video(run / f"{when}.mp4", wide, fps=4)
     rows = {
@@ -125,7 +125,7 @@ def compare(run: Path, options: argparse.Namespace, started: float) -> dict[str,
         "seconds": round(time.perf_counter() - started, 1),
         "before": str(videos["before"].relative_to(ROOT)),
         "after": str(videos["after"].relative_to(ROOT)),
-        "comparison": str(side_by_side(run / "comparison.png", rows, columns=4, scale=2).relative_to(ROOT)),
+        "comparison": str(side_by_side(run / "comparison.png", rows, columns=4, scale=3).relative_to(ROOT)),
         "loss": str(plot_loss(run / "metrics.jsonl", run / "loss.png").relative_to(ROOT)),
         "metrics": str((run / "metrics.jsonl").relative_to(ROOT)),
         "run": str(run.relative_to(ROOT)),

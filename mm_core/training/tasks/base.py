@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +17,11 @@ class Task(Protocol):
     that accumulation, uneven ranks and weighted samples are exact.
     """
 
-    def example_batch(self) -> dict[str, Any]:
-        """A batch of the shapes that the loader gives, with a batch dimension of 1."""
-        ...
+    def prepare(self, micro_batches: Iterable[dict[str, Any]]) -> Iterator[Any]:
+        """Encode and noise the micro batches of one optimizer step; no gradient is kept. One item a micro batch.
 
-    def prepare(self, micro_batches: Sequence[dict[str, Any]]) -> list[Any]:
-        """Encode and noise the micro batches of one optimizer step; no gradient is kept. One item a micro batch."""
+        It is consumed one by one, so a task that keeps none back holds one micro batch in memory.
+        """
         ...
 
     def forward(self, model: torch.nn.Module, inputs: Any) -> Any:

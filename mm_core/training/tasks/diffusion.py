@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,18 +42,11 @@ class DiffusionTask:
         self.seed = seed
         self.device = device
 
-    def example_batch(self) -> dict[str, Any]:
-        return {
-            "video": torch.zeros(1, 3, 8, 32, 32),
-            "prompt_ids": torch.zeros(1, 8, dtype=torch.long),
-            "prompt_mask": torch.ones(1, 8, dtype=torch.long),
-            "sample_index": torch.zeros(1, dtype=torch.long),
-        }
+    def prepare(self, micro_batches: Iterable[dict[str, Any]]) -> Iterator[DiffusionInputs]:
+        for batch in micro_batches:
+            yield self._prepare(batch)
 
     @torch.no_grad()
-    def prepare(self, micro_batches: Sequence[dict[str, Any]]) -> list[DiffusionInputs]:
-        return [self._prepare(batch) for batch in micro_batches]
-
     def _prepare(self, batch: dict[str, Any]) -> DiffusionInputs:
         indices: list[int] = batch["sample_index"].tolist()
         video = batch["video"].to(self.device, non_blocking=True)  # [B, 3, T, H, W]

@@ -38,7 +38,7 @@ def test_counts(count: float, text: str) -> None:
 
 
 def test_counts_never_fall_back_to_exponents() -> None:
-    assert not [n for exponent in range(0, 110) if "e" in (n := human_count(10 ** (exponent / 10)))]
+    assert not [n for exponent in range(110) if "e" in (n := human_count(10 ** (exponent / 10)))]
 
 
 def test_a_step_in_one_line() -> None:

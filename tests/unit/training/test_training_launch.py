@@ -61,7 +61,7 @@ def test_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_several_machines_need_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="--nnodes 2: .*--master-addr"):
+    with pytest.raises(UserError, match=r"--nnodes 2: .*--master-addr"):
         check_launch(flags(nnodes=2))
     check_launch(flags(nnodes=2, master_addr="10.0.0.1"))
     monkeypatch.setenv("RANK", "0")
@@ -255,7 +255,10 @@ def test_sigterm_is_passed_on(tmp_path: Path) -> None:
 
 
 def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
-    child = "from mm_core.training.launch import die_with_parent; die_with_parent(); import time; print('on', flush=True); time.sleep(50)"
+    child = (
+        "import time; from mm_core.training.launch import die_with_parent; die_with_parent()\n"
+        "print('on', flush=True); time.sleep(50)"
+    )
     code = (
         "import os, subprocess, sys\n"
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE, "

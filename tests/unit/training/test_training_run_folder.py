@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -53,13 +54,36 @@ def test_another_process_holds_it(tmp_path: Path) -> None:
     opened(tmp_path / "run").close()  # a killed process holds nothing
 
 
-def test_closing_lets_the_next_one_in(tmp_path: Path) -> None:
+def opened_elsewhere(path: Path) -> str:
+    """What another process that opens the folder is told."""
+    code = "import sys; from pathlib import Path; from mm_core.training.run_folder import RunFolder; RunFolder(Path(sys.argv[1])).open()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60, check=False
+    )
+    return done.stderr
+
+
+def test_closing_lets_another_process_in(tmp_path: Path) -> None:
     first = opened(tmp_path)
-    with pytest.raises(UserError, match="another process"):
-        opened(tmp_path)
+    assert "another process is training into this folder" in opened_elsewhere(tmp_path)
     first.close()
     first.close()
-    opened(tmp_path).close()
+    assert opened_elsewhere(tmp_path) == ""
+
+
+def test_a_process_that_was_forked_does_not_keep_the_lock(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    ends = multiprocessing.get_context("fork").Event()
+    worker = multiprocessing.get_context("fork").Process(
+        target=ends.wait
+    )  # as a loader's worker outlives a killed rank
+    worker.start()
+    first.close()
+    try:
+        assert opened_elsewhere(tmp_path) == ""
+    finally:
+        ends.set()
+        worker.join()
 
 
 def test_a_refused_folder_is_not_left_locked(tmp_path: Path) -> None:
@@ -84,7 +108,7 @@ def test_without_locks_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def flock(*_: object) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("fcntl.flock", flock)
+    monkeypatch.setattr("fcntl.lockf", flock)
     with pytest.raises(UserError, match="cannot be locked \\(No locks available\\)"):
         opened(tmp_path)
 
