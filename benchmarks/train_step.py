@@ -53,7 +53,8 @@ def make_trainer(size: str, folder: Path) -> Trainer:
          "--fsdp2-config-path", str(TINY / "fsdp2.yaml"), "--train-iters", "100000", "--micro-batch-size", "4",
          "--global-batch-size", "4", "--lr", "1e-4", "--clip-grad", "1.0", "--seed", "1"]
     )  # fmt: skip
-    return Trainer(load_training_job(flags), Accelerator.current(), None)
+    job = load_training_job(flags)
+    return Trainer(job, Accelerator.current(), None, build_dataset(job.components["dataset"], flags.seed))
 
 
 def plain_step(trainer: Trainer) -> Callable[[], float]:
@@ -104,7 +105,7 @@ def measure(size: str, steps: int, folder: Path) -> dict[str, Any]:
     plain = plain_step(trainer)
     times: dict[str, list[float]] = {"ours": [], "plain": []}
     for number in range(steps + 5):
-        for name, run in (("ours", lambda: trainer._train_step(False)), ("plain", plain)):
+        for name, run in (("ours", lambda: trainer._train_step(lambda: False)), ("plain", plain)):
             started = time.perf_counter()
             run()
             if number >= 5:

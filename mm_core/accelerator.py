@@ -150,11 +150,6 @@ class Accelerator:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return int(peak) if sys.platform == "darwin" else int(peak) * 1024  # Linux counts in KiB
 
-    def reset_max_memory(self) -> None:
-        """Start the peak anew. A CPU's resident set cannot be reset: nothing happens there."""
-        if self.type != "cpu":
-            self._module.reset_peak_memory_stats()
-
     def supports(self, dtype: torch.dtype) -> bool:
         """Whether kernels for this floating-point type exist on the device."""
         if dtype in (torch.float32, torch.float16):
@@ -162,6 +157,15 @@ class Accelerator:
         if dtype is torch.bfloat16:
             return self.type != "cuda" or bool(torch.cuda.is_bf16_supported())
         return dtype is torch.float64 and self.type != "npu"
+
+    def deterministic(self) -> None:
+        """Let torch run deterministic kernels only, in this process; an operation that has none raises.
+
+        Call it before anything is computed: cuBLAS reads its workspace setting once, when it starts.
+        """
+        # Without it cuBLAS may choose another workspace, and with it another order of sums, on each stream.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
 
     def seed_all(self, seed: int) -> None:
         """Seed the global generators: torch on CPU and device, NumPy and Python."""

@@ -99,8 +99,8 @@ def _reader_left() -> bool:
 
 
 def _report(error: UserError) -> None:
-    rank = int(os.environ.get("RANK", "0"))
-    prefix = "error" if rank == 0 else f"error (rank {rank})"
+    rank = os.environ.get("RANK", "0")
+    prefix = "error" if rank == "0" else f"error (rank {rank})"
     sys.stderr.write(f"{prefix}: {error}\n")
 
 

@@ -13,7 +13,7 @@ from mm_core.config.origin import KeyPath
 from mm_core.config.parts import Part, check_part, resolve
 from mm_registry.errors import RegistryError
 from mm_registry.manager import PluginManager
-from mm_registry.spec import RUNTIME
+from mm_registry.spec import RUNTIME, EntrySpec
 
 if TYPE_CHECKING:
     from mm_core.config.overwrite import Overwrite
@@ -114,7 +114,9 @@ class Assembly:
         return document
 
 
-def used_plugins(components: Iterable[ComponentConfig], hooks: ActiveHooks) -> tuple[tuple[str, str], ...]:
+def used_plugins(
+    components: Iterable[ComponentConfig], hooks: ActiveHooks, callbacks: Iterable[EntrySpec] = ()
+) -> tuple[tuple[str, str], ...]:
     """Return (distribution, version) of everything that a job uses."""
-    specs = [component.spec for component in components] + list(hooks.sources.values())
+    specs = [component.spec for component in components] + [*hooks.sources.values(), *callbacks]
     return tuple(sorted({(spec.distribution, spec.version) for spec in specs}))

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from mm_core.config.keys import NoEffect, Only
 from mm_core.config.section import SectionModel, invalid
+from mm_core.config.text import TextMethods, method_names
 from mm_core.config.tokenizer import TokenizerConfig
 from mm_core.config.transforms import TransformConfig
 
@@ -87,24 +88,27 @@ class PreprocessParameters(SectionModel):
         False
     )
 
-    num_frames: Annotated[int, Field(ge=1, description="Frames of a clip.")] = 16
+    num_frames: Annotated[int, Field(ge=1, le=100_000, description="Frames of a clip.")] = 16
     min_num_frames: Annotated[
         int, Field(ge=1, description="Videos with fewer frames (after sampling) are left out.")
     ] = 29
     frame_interval: Annotated[int, Field(ge=1, description="Take every n-th frame.")] = 1
-    train_fps: Annotated[float, Field(gt=0, description="Frames a second of a clip, with auto_interval.")] = (
-        24
-    )
+    train_fps: Annotated[
+        float, Field(gt=0, le=1000, description="Frames a second of a clip, with auto_interval.")
+    ] = 24
     auto_interval: Annotated[
         bool,
         Field(description="Take frames so that a clip runs at train_fps, whatever the video's own rate is."),
     ] = True
-    speed_factor: Annotated[float, Field(gt=0, description="Play videos this much faster.")] = 1.0
+    speed_factor: Annotated[
+        float,
+        Field(le=1000, description="Play videos this much faster, as far as enough frames are left; at least 1."),
+    ] = 1.0
     drop_short_ratio: Annotated[
         float, Field(ge=0, le=1, description="Share of videos shorter than num_frames that is left out.")
     ] = 1.0
-    max_height: Annotated[int, Field(ge=1, description="Pixels.")] = 480
-    max_width: Annotated[int, Field(ge=1, description="Pixels.")] = 640
+    max_height: Annotated[int, Field(ge=1, le=16384, description="Pixels.")] = 480
+    max_width: Annotated[int, Field(ge=1, le=16384, description="Pixels.")] = 640
     force_resolution: Annotated[bool, Field(description="Every clip is max_height × max_width.")] = True
     max_hxw: Annotated[
         int | None,
@@ -150,22 +154,15 @@ class PreprocessParameters(SectionModel):
 
     @model_validator(mode="after")
     def _frames(self) -> Self:
+        if self.speed_factor < 1:
+            raise invalid(
+                "speed_factor",
+                f"must be at least 1, not {self.speed_factor:g}: videos are sped up, never slowed down; "
+                "a higher train_fps (with auto_interval) slows the motion of a clip",
+            )
         if self.min_hxw is not None and self.max_hxw is not None and self.min_hxw > self.max_hxw:
             raise invalid("min_hxw", f"must be at most max_hxw ({self.max_hxw})")
         return self
-
-
-class TextMethod(SectionModel):
-    """One step of `text_preprocess_methods`."""
-
-    method: Annotated[
-        Literal["basic_clean", "whitespace_clean", "lower"],
-        Field(
-            description="basic_clean: mend encodings and HTML entities; whitespace_clean: single "
-            "spaces; lower: lower case."
-        ),
-    ]
-    param: Annotated[dict[str, Any] | None, Only(None, {}, reason="the method takes no parameters")] = None
 
 
 class T2VDatasetConfig(SectionModel):
@@ -181,7 +178,7 @@ class T2VDatasetConfig(SectionModel):
     ] = True
     enable_text_preprocessing: Annotated[bool, Field(description="Apply text_preprocess_methods.")] = True
     text_preprocess_methods: Annotated[
-        list[TextMethod] | TextMethod, Field(description="How captions are cleaned, in order.")
+        TextMethods, Field(description="How captions are cleaned, in order.")
     ] = Field(default_factory=list)
     use_clean_caption: Annotated[
         bool, Only(False, reason="it rewrites captions by rules for web text; clean the annotations instead")
@@ -208,5 +205,4 @@ class T2VDatasetConfig(SectionModel):
         """Return the names of the cleaning steps that are applied, in order."""
         if not self.enable_text_preprocessing:
             return ()
-        methods = self.text_preprocess_methods
-        return tuple(step.method for step in ([methods] if isinstance(methods, TextMethod) else methods))
+        return method_names(self.text_preprocess_methods)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mm_core.config import cross_checks as cross
 from mm_core.config.assemble import Assembly
 from mm_core.config.component import WITH_WEIGHTS
@@ -10,7 +12,7 @@ from mm_core.config.findings import ConfigError, Finding, sort_findings
 from mm_core.config.generation_job import check_generation_file
 from mm_core.config.kinds import CLASSES, Kind, detect_kind, unsupported, without_schema
 from mm_core.config.model import COMPONENT_SECTIONS, ModelConfig
-from mm_core.config.parts import Part, find_part, find_parts, resolve
+from mm_core.config.parts import Part, find_callbacks, find_part, find_parts, resolve
 from mm_core.config.section import check_section
 from mm_registry import PluginManager, default_manager
 
@@ -54,14 +56,15 @@ def _check_model(document: Document, assembly: Assembly) -> None:
             Part("task", "task", ("task_id",), ("task_id",), task), document, assembly.manager
         )
         assembly.findings += findings
-    _build(parts, document, assembly)
+    _build(parts, document, assembly, find_callbacks(document))
 
 
-def _build(parts: list[Part], document: Document, assembly: Assembly) -> None:
+def _build(parts: list[Part], document: Document, assembly: Assembly, callbacks: Sequence[Part] = ()) -> None:
     parts = assembly.resolve_all(parts, document)
+    callbacks = assembly.resolve_all(callbacks, document)
     plugins = document.data.get("plugins")
     named = [name for name in plugins if isinstance(name, str)] if isinstance(plugins, list) else []
-    assembly.activate(parts, named, document)
+    assembly.activate([*parts, *callbacks], named, document)
     document, components = assembly.build(parts, document)
     assembly.findings += cross.check_folders(components.values(), document, "note")
     weighted = {name: part for name, part in components.items() if part.role in WITH_WEIGHTS}

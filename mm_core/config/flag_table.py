@@ -39,17 +39,18 @@ class FileFlags(SectionModel):
 class BatchFlags(SectionModel):
     """Batch"""
 
-    micro_batch_size: Annotated[int, _help("samples of one rank in one forward pass", ge=1)] = 1
+    micro_batch_size: Annotated[int, _help("samples of one rank in one forward pass", ge=1, le=2**20)] = 1
     global_batch_size: Annotated[
         int,
         _help(
             "samples of one optimizer step, over all ranks and accumulated passes; default: micro "
             "batch × ranks",
             ge=1,
+            le=2**20,
         ),
     ] = 0
     num_workers: Annotated[
-        int, _help("processes that load data, for each rank; 0 loads in the rank itself", ge=0)
+        int, _help("processes that load data, for each rank; 0 loads in the rank itself", ge=0, le=1024)
     ] = 2
     seed: Annotated[int, _help("fixes data order, noise, timesteps and random weights", ge=0, lt=2**63)] = (
         1234
@@ -86,7 +87,7 @@ class OptimizerFlags(SectionModel):
 class ScheduleFlags(SectionModel):
     """Schedule"""
 
-    train_iters: Annotated[int, _help("optimizer steps of the whole run; required", ge=1)] = 1
+    train_iters: Annotated[int, _help("optimizer steps of the whole run; required", ge=1, le=2**40)] = 1
     train_samples: Annotated[
         int | None, Only(None, reason="state the length of the run as --train-iters")
     ] = None
@@ -149,13 +150,15 @@ class PrecisionFlags(SectionModel):
         bool, NoEffect("reduce_dtype in fsdp2.yaml decides; accumulated gradients are fp32")
     ] = False
     allow_tf32: Annotated[bool, NoEffect("TF32 stays as torch sets it")] = False
-    use_deter_comp: Annotated[bool, NoEffect("deterministic kernels are not forced")] = False
+    use_deter_comp: Annotated[
+        bool, _help("deterministic kernels only, so that a run on an accelerator repeats bit for bit")
+    ] = False
 
 
 class LaunchFlags(SectionModel):
     """Processes and devices"""
 
-    nproc_per_node: Annotated[int | None, _help("ranks to start on this machine; default: 1", ge=1)] = None
+    nproc_per_node: Annotated[int | None, _help("ranks to start on this machine; default: 1", ge=1, le=1024)] = None
     nnodes: Annotated[int | None, _help("machines of the job; default: 1", ge=1)] = None
     node_rank: Annotated[int | None, _help("number of this machine, from 0", ge=0)] = None
     master_addr: Annotated[str | None, _help("address of the first machine", min_length=1)] = None

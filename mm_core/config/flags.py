@@ -17,7 +17,7 @@ from mm_core.config import flag_table as table
 from mm_core.config.document import Document
 from mm_core.config.findings import ConfigError, Finding, clip, closest, has_errors
 from mm_core.config.keys import NoEffect, Only
-from mm_core.config.origin import KeyPath, Origin
+from mm_core.config.origin import Origin
 from mm_core.config.section import check_section, markers
 
 _WHOLE = re.compile(r"[+-]?\d+\Z")
@@ -310,11 +310,6 @@ def required_flags(flags: TrainFlags) -> list[Finding]:
         for name, why in wanted.items()
         if name not in flags.model_fields_set
     ]
-
-
-def flag_origins(flags: TrainFlags) -> dict[KeyPath, Origin]:
-    """Return where each flag's value comes from."""
-    return {(name,): flags.origin(name) for name in TrainFlags.model_fields}
 
 
 # -- help

@@ -46,6 +46,9 @@ class Fsdp2Config(SectionModel):
     ] = True
     param_dtype: Annotated[
         DType | None,
+        Only(
+            None, "bf16", "fp32", "fp64", reason="fp16 needs loss scaling, which is not available; use bf16"
+        ),
         Field(description="Format of compute; None is the parameters' own. Master weights are fp32."),
     ] = None
     reduce_dtype: Annotated[

@@ -1,16 +1,18 @@
 """`inference_model.json`: what `mm generate` reads."""
 
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Self, TypeAlias
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mm_core.config.dtypes import DType
 from mm_core.config.keys import NoEffect, Only
 from mm_core.config.patch import PatchConfig
-from mm_core.config.section import SectionModel
+from mm_core.config.section import SectionModel, invalid
+from mm_core.config.text import TextMethods, method_names
 from mm_core.config.tokenizer import TokenizerConfig
 
 _CONDITION = "text-to-video has no use for it; image and video conditions are not available yet"
+_SHORT_FORM = ("basic_clean", "whitespace_clean")
 _Condition: TypeAlias = Annotated[Any, Only(None, reason=_CONDITION)]
 
 
@@ -32,10 +34,23 @@ class InferenceConfig(SectionModel):
     frame_interval: Annotated[
         int, Field(ge=1, description="Every n-th frame was trained on: fps is divided by it.")
     ] = 1
-    num_inference_videos_per_sample: Annotated[int, Field(ge=1, description="Videos for each prompt.")] = 1
-    use_prompt_preprocess: Annotated[bool, Field(description="Clean prompts as captions are cleaned.")] = (
-        False
-    )
+    num_inference_videos_per_sample: Annotated[
+        int, Field(ge=1, le=10_000, description="Videos for each prompt.")
+    ] = 1
+    use_prompt_preprocess: Annotated[
+        bool,
+        Field(
+            description="Clean prompts by basic_clean and whitespace_clean; the short form of "
+            "text_preprocess_methods."
+        ),
+    ] = False
+    text_preprocess_methods: Annotated[
+        TextMethods,
+        Field(
+            description="How prompts are cleaned, in order: what the data file of the training run "
+            "says about captions, so that a prompt means the same."
+        ),
+    ] = Field(default_factory=list)
     dtype: Annotated[
         DType | None, Field(description="Number format of components whose section says none.")
     ] = None
@@ -47,9 +62,7 @@ class InferenceConfig(SectionModel):
     ] = Field(default_factory=dict)
     boundary_ratio: Annotated[
         float | None,
-        Field(
-            gt=0.0, lt=1.0, description="Sigma at and above which the high-noise expert denoises."
-        ),
+        Field(gt=0.0, lt=1.0, description="Sigma at and above which the high-noise expert denoises."),
     ] = None
     load: Annotated[
         str | None, Field(min_length=1, description="Run or checkpoint with the predictor's weights.")
@@ -82,6 +95,20 @@ class InferenceConfig(SectionModel):
     mask_type: _Condition = None
     crop_for_hw: _Condition = None
     max_hxw: _Condition = None
+
+    @model_validator(mode="after")
+    def _cleaning(self) -> Self:
+        if self.use_prompt_preprocess and self.text_preprocess_methods:
+            raise invalid(
+                "use_prompt_preprocess",
+                "text_preprocess_methods is given too, and says more; set it to false or leave it out",
+            )
+        return self
+
+    @property
+    def prompt_methods(self) -> tuple[str, ...]:
+        """Names of the steps that clean prompts, in order."""
+        return _SHORT_FORM if self.use_prompt_preprocess else method_names(self.text_preprocess_methods)
 
     @property
     def save_fps(self) -> int:

@@ -22,7 +22,7 @@ from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.kinds import Kind, read_kind
 from mm_core.config.model import COMPONENT_SECTIONS, ModelConfig
 from mm_core.config.origin import KeyPath
-from mm_core.config.parts import Part, find_part, find_parts
+from mm_core.config.parts import Part, find_callbacks, find_part, find_parts
 from mm_core.config.resolved import component_values, origins_of, place, plain
 from mm_core.config.section import check_section
 from mm_core.config.tools import ToolsConfig
@@ -31,6 +31,7 @@ from mm_registry import PluginManager, default_manager
 if TYPE_CHECKING:
     from mm_core.config.overwrite import Overwrite
     from mm_registry.hooks import ActiveHooks
+    from mm_registry.spec import EntrySpec
 
 M = TypeVar("M", bound=BaseModel)
 _EMPTY = Document.from_data({})
@@ -45,6 +46,7 @@ class TrainingJob:
         flags: with the default global batch filled in.
         components: `diffusion`, `predictor`, `ae`, `text_encoder` (or `text_encoder.0`, …), `dataset`,
             `task`.
+        callbacks: the entries that `callbacks` of the model file names, in its order.
         findings: notes and warnings.
         plugins: (distribution, version) of everything in use.
         hooks: activated hooks of those.
@@ -58,6 +60,7 @@ class TrainingJob:
     fsdp2: Fsdp2Config
     flags: TrainFlags
     components: Mapping[str, ComponentConfig]
+    callbacks: tuple[EntrySpec, ...]
     findings: tuple[Finding, ...]
     plugins: tuple[tuple[str, str], ...]
     hooks: ActiveHooks
@@ -104,6 +107,7 @@ class _Draft:
     tools: ToolsConfig | None = None
     fsdp2: Fsdp2Config | None = None
     components: dict[str, ComponentConfig] = field(default_factory=dict)
+    callbacks: tuple[EntrySpec, ...] = ()
 
 
 def load_training_job(flags: TrainFlags, *, manager: PluginManager | None = None) -> TrainingJob:
@@ -128,8 +132,9 @@ def load_training_job(flags: TrainFlags, *, manager: PluginManager | None = None
         draft.fsdp2,
         draft.flags,
         draft.components,
+        draft.callbacks,
         findings,
-        used_plugins(draft.components.values(), assembly.hooks),
+        used_plugins(draft.components.values(), assembly.hooks, draft.callbacks),
         assembly.hooks,
         tuple(assembly.overwrites),
         draft.documents,
@@ -163,13 +168,15 @@ def _draft(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -> _Draft:
     parts, data_parts = _find(assembly, model, data)
     parts = assembly.resolve_all(parts, model) if model else []
     data_parts = assembly.resolve_all(data_parts, data) if data else []
+    callbacks = assembly.resolve_all(find_callbacks(model), model) if model else []
+    draft.callbacks = tuple(part.spec for part in callbacks if part.spec is not None)
 
     draft.model = _check(assembly, ModelConfig, model, draft, "model")
     draft.data = _check(assembly, DataConfig, data, draft, "data")
     draft.tools = _check(assembly, ToolsConfig, tools, draft, "tools")
     draft.fsdp2 = _check(assembly, Fsdp2Config, fsdp2, draft, "fsdp2")
     plugins = draft.model.plugins if draft.model else []
-    assembly.activate([*parts, *data_parts], plugins, model or _EMPTY)
+    assembly.activate([*parts, *data_parts, *callbacks], plugins, model or _EMPTY)
     if model is not None:
         model, components = assembly.build([part for part in parts if part.role != "task"], model)
         draft.documents["model"], draft.components = model, components

@@ -32,6 +32,10 @@ class ModelConfig(SectionModel):
     task_id: Annotated[
         str, Field(min_length=1, description="Id of the task, which turns a batch into a loss.")
     ] = "diffusion"
+    callbacks: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        Field(description="Ids of callbacks, which watch the run beside the core's own."),
+    ] = Field(default_factory=list)
     plugins: Annotated[
         list[str],
         Field(description="Distributions whose hooks take part though no component of theirs is used."),

@@ -91,6 +91,17 @@ def find_parts(document: Document, sections: Sequence[tuple[str, str]]) -> tuple
     return parts, findings
 
 
+def find_callbacks(document: Document) -> list[Part]:
+    """Return a part for each id under `callbacks`; what is no id is for the file's own class to say."""
+    ids = document.data.get("callbacks")
+    parts = []
+    for index, value in enumerate(ids if isinstance(ids, list) else []):
+        if isinstance(value, str) and value:
+            path: KeyPath = ("callbacks", index)
+            parts.append(Part(f"callbacks.{index}", "callback", path, path, value))
+    return parts
+
+
 def resolve(part: Part, document: Document, manager: PluginManager) -> tuple[Part | None, list[Finding]]:
     """Find the entry that a part's id means, by metadata alone."""
     try:

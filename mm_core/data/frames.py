@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mm_core.data.errors import DataError
+
 # Rates closer than this are the same rate (23.976 and 24, 29.97 and 30).
 _SAME_RATE_HZ = 0.1
+_LARGEST_STEP = 1e6  # Hz, or frames: far above every camera's rate
+_MOST_STEPS = 2**53  # exact as a float
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +41,30 @@ class FrameRule:
     drop_short_ratio: float = 1.0
     temporal_stride: int = 4
 
-    def available(self, total: int, fps: float) -> list[int]:
-        """Return all frames of a video of `total` frames at `fps` Hz that this rule steps on."""
-        step = self._step(fps)
-        count = math.ceil(total / step - 1e-9)
-        if self.speed_factor > 1 and count > self.num_frames:
-            step *= min(self.speed_factor, count / self.num_frames)
-            count = max(self.num_frames, math.ceil(total / step - 1e-9))
-        return [min(int(i * step + 1e-9), total - 1) for i in range(count)]
+    def __post_init__(self) -> None:
+        for name in ("train_fps", "frame_interval"):
+            value = getattr(self, name)
+            if not 0 < value <= _LARGEST_STEP:
+                raise DataError(
+                    f"preprocess_parameters.{name} is {value:g}, but must be above 0 and at most {_LARGEST_STEP:g}"
+                )
+
+    def count(self, total: int, fps: float) -> int:
+        """Return how many frames of a video of `total` frames at `fps` Hz this rule steps on."""
+        return self._grid(total, fps)[0]
 
     def choose(self, total: int, fps: float, draw: int) -> list[int]:
         """Return the frames of one clip: `num_frames` of them from a place that `draw`, any integer, decides.
 
         A video with fewer gives 1 + n·`temporal_stride` from its beginning. Call `short_reason` first.
         """
-        frames = self.available(total, fps)
-        extra = len(frames) - self.num_frames
+        count, step = self._grid(total, fps)
+        extra = count - self.num_frames
         if extra >= 0:
-            begin = draw % (extra + 1)
-            return frames[begin : begin + self.num_frames]
-        return frames[: 1 + (len(frames) - 1) // self.temporal_stride * self.temporal_stride]
+            begin, length = draw % (extra + 1), self.num_frames
+        else:
+            begin, length = 0, 1 + (count - 1) // self.temporal_stride * self.temporal_stride
+        return [min(int(i * step + 1e-9), total - 1) for i in range(begin, begin + length)]
 
     def short_reason(self, total: int, fps: float, chance: float) -> str | None:
         """Return why a video is too short to be used, or None.
@@ -64,7 +72,7 @@ class FrameRule:
         Args:
             chance: a uniform number in [0, 1), the same whenever the same video is asked about.
         """
-        count = len(self.available(total, fps))
+        count = self.count(total, fps)
         if count >= self.num_frames:
             return None
         if chance < self.drop_short_ratio:
@@ -74,7 +82,22 @@ class FrameRule:
             return f"{kept} usable frames, min_num_frames is {self.min_num_frames}"
         return None
 
+    def _grid(self, total: int, fps: float) -> tuple[int, float]:
+        """How many frames there are to step on, and the step in frames of the video."""
+        step = self._step(fps)
+        count = _steps(total, step)
+        if self.speed_factor > 1 and count > self.num_frames:
+            step *= min(self.speed_factor, count / self.num_frames)
+            count = max(self.num_frames, _steps(total, step))
+        return count, step
+
     def _step(self, fps: float) -> float:
         if not self.auto_interval:
             return self.frame_interval
         return 1.0 if abs(fps - self.train_fps) < _SAME_RATE_HZ else fps / self.train_fps
+
+
+def _steps(total: int, step: float) -> int:
+    """Steps that fit; bounded, so that a rate near zero, which a damaged file may claim, cannot overflow."""
+    steps = total / step if step > 0 else math.inf
+    return max(1, math.ceil(min(steps, _MOST_STEPS) - 1e-9))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -151,5 +153,27 @@ def _start_worker(worker: int) -> None:
     # The tokenizers library warns about every fork otherwise; one caption at a time needs no threads.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
-    # A scheduler sends SIGTERM to every process of a job; the trainer saves and then ends its workers itself.
+    _obey_only_the_owner()
+
+
+def _obey_only_the_owner() -> None:
+    """End this worker by SIGTERM when its owner sends it, and by nobody else's.
+
+    A scheduler sends SIGTERM to every process of a job, and the trainer needs its workers until it has saved;
+    torch and Python end workers by the same signal, also those that hang in a read that never returns. Only
+    sigwaitinfo tells the sender, so a thread waits in it: it also runs while the worker's own code is stuck.
+    """
+    owner = multiprocessing.parent_process()
+    starter = os.getppid()  # the owner, or the server that forked this worker for it
+    if owner is None or not hasattr(signal, "sigwaitinfo"):  # macOS: every SIGTERM ends the worker
+        return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while True:
+            sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+            if sender == owner.pid or os.getppid() != starter:  # an orphan serves nobody
+                os._exit(0)  # torch takes any other code for a crash, and raises in the owner
+
+    threading.Thread(target=wait, name="sigterm", daemon=True).start()

@@ -34,9 +34,13 @@ def lowercase(text: str) -> str:
 TEXT_METHODS: Mapping[str, Callable[[str], str]] = {
     "basic_clean": basic_clean,
     "whitespace_clean": whitespace_clean,
+    "lower": lowercase,
     "lowercase": lowercase,
 }
-"""What `text_preprocess_methods` may name. None of them removes a script: Chinese and Japanese text stays."""
+"""What `text_preprocess_methods` may name (`TextMethodName` in `mm_core.config.text` has the same names).
+
+None of them removes a script: Chinese and Japanese text stays.
+"""
 
 
 def clean_text(text: str, methods: Sequence[str]) -> str:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RANDOM = "random"
-_CLEANING = ("basic_clean", "whitespace_clean")
 
 
 def build_pipeline(
@@ -99,6 +98,6 @@ def _tokenizer(job: GenerationJob) -> Any:
     return PromptTokenizer(
         Path(settings.from_pretrained).expanduser(),
         max_length=settings.model_max_length,
-        methods=_CLEANING if job.model.use_prompt_preprocess else (),
+        methods=job.model.prompt_methods,
         class_name=settings.autotokenizer_name,
     )

@@ -12,14 +12,15 @@ from mm_core.config.keys import Legacy, Only
 from mm_core.config.section import SectionModel, invalid
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=1, le=100_000)]
 
 
 class SamplerConfig(SectionModel):
     """Keys that every sampling scheduler has."""
 
-    num_train_timesteps: PositiveInt = 1000
-    num_train_steps: Annotated[PositiveInt | None, Legacy("num_train_timesteps")] = None
-    num_inference_steps: PositiveInt | None = None
+    num_train_timesteps: Steps = 1000
+    num_train_steps: Annotated[Steps | None, Legacy("num_train_timesteps")] = None
+    num_inference_steps: Steps | None = None
     guidance_scale: float | tuple[float, float] = 0.0
     """Classifier-free guidance, without at 0 or 1; two numbers are for the high-noise and the low-noise
     expert.

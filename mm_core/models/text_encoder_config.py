@@ -9,7 +9,12 @@ from pydantic import Field, model_validator
 from mm_core.config.keys import NoEffect, Only
 from mm_core.config.section import SectionModel, invalid
 
-PositiveInt = Annotated[int, Field(ge=1)]
+# Far above every model there is: a slip of the keyboard is an error here rather than a build without end.
+Vocabulary = Annotated[int, Field(ge=1, le=2**24)]
+Width = Annotated[int, Field(ge=1, le=2**18)]
+Heads = Annotated[int, Field(ge=1, le=4096)]
+Layers = Annotated[int, Field(ge=1, le=1000)]
+Tokens = Annotated[int, Field(ge=1, le=2**20)]
 TokenId = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -19,14 +24,14 @@ class T5NetworkConfig(SectionModel):
     value.
     """
 
-    vocab_size: PositiveInt | None = None
-    d_model: PositiveInt | None = None
-    d_kv: PositiveInt | None = None
-    d_ff: PositiveInt | None = None
-    num_layers: PositiveInt | None = None
-    num_heads: PositiveInt | None = None
-    relative_attention_num_buckets: PositiveInt | None = None
-    relative_attention_max_distance: PositiveInt | None = None
+    vocab_size: Vocabulary | None = None
+    d_model: Width | None = None
+    d_kv: Width | None = None
+    d_ff: Width | None = None
+    num_layers: Layers | None = None
+    num_heads: Heads | None = None
+    relative_attention_num_buckets: Width | None = None
+    relative_attention_max_distance: Tokens | None = None
     dropout_rate: Rate | None = None
     layer_norm_epsilon: Annotated[float, Field(gt=0.0)] | None = None
     initializer_factor: Annotated[float, Field(gt=0.0)] | None = None
@@ -38,13 +43,13 @@ class T5NetworkConfig(SectionModel):
 class CLIPTextNetworkConfig(SectionModel):
     """`text_encoder.config` of CLIP and CLIPWithProjection: fields of transformers' CLIPTextConfig."""
 
-    vocab_size: PositiveInt | None = None
-    hidden_size: PositiveInt | None = None
-    intermediate_size: PositiveInt | None = None
-    projection_dim: PositiveInt | None = None
-    num_hidden_layers: PositiveInt | None = None
-    num_attention_heads: PositiveInt | None = None
-    max_position_embeddings: PositiveInt | None = None
+    vocab_size: Vocabulary | None = None
+    hidden_size: Width | None = None
+    intermediate_size: Width | None = None
+    projection_dim: Width | None = None
+    num_hidden_layers: Layers | None = None
+    num_attention_heads: Heads | None = None
+    max_position_embeddings: Tokens | None = None
     hidden_act: str | None = None
     layer_norm_eps: Annotated[float, Field(gt=0.0)] | None = None
     attention_dropout: Rate | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mm_core.accelerator import parse_dtype
-from mm_core.sharding.patterns import ModulePaths, apply_aliases, split_pattern
+from mm_core.sharding.patterns import ModulePaths, apply_aliases, blaming, split_pattern
 from mm_core.sharding.plan import (
     ParameterInfo,
     ShardingError,
@@ -54,7 +54,7 @@ def build_plan(
 
     Raises:
         ShardingError, PatternError: a pattern matches nothing, two patterns claim a module, a unit cannot be
-            one.
+            one. `field` and `pattern` say which line of fsdp2.yaml is to blame, if one is.
     """
     paths = ModulePaths(name for name, _ in root.named_modules())
     modules = dict(root.named_modules())
@@ -66,12 +66,13 @@ def build_plan(
     }
     sources: dict[str, str] = {}
     resolved: dict[str, list[str]] = {}
+    authors: dict[str, dict[str, str]] = {name: {} for name in _PATTERN_FIELDS}
     for name in _PATTERN_FIELDS:
         patterns = written[name]
         if patterns is not None:
             sources[name] = "fsdp2.yaml"
-            patterns = [apply_aliases(p, policy.aliases, paths) if p else p for p in patterns]
-            resolved[name] = _resolve(paths, patterns, name, prefix)
+            authors[name] = _resolve_written(paths, patterns, policy, name, prefix)
+            resolved[name] = list(authors[name])
         elif name == "sub_modules_to_wrap" and not policy.units:
             sources[name] = "structure"
             resolved[name] = blocks_by_structure(root)
@@ -104,14 +105,14 @@ def build_plan(
         forward_prefetch=fsdp2.num_to_forward_prefetch,
         backward_prefetch=fsdp2.num_to_backward_prefetch,
     )
-    _check_modules(plan, modules, units)
+    _check_modules(plan, modules, units, authors)
     unsharded = [path for path in gathered if path not in units]
     if unsharded and sources["sub_modules_to_wrap"] == "policy":
         raise ShardingError(
             f"policy of {prefix or 'the model'}, keep_gathered: {unsharded[0]} is not among its units."
         )
     ordered = _forward_order(units, _policy_order(paths, policy), modules)
-    return _with_parameters(plan, root, ordered, set(gathered))
+    return _with_parameters(plan, root, ordered, set(gathered), authors["sub_modules_to_wrap"])
 
 
 def build_plans(
@@ -142,12 +143,13 @@ def build_plans(
         for pattern in getattr(fsdp2, name) or ():
             if any(_relative(pattern, prefix) is not None for prefix in roots):
                 continue
-            paths.match(pattern, where=name)
-            if name != "ignored_modules":
-                raise ShardingError(
-                    f'{name}: "{pattern}" names a part that is not trained and therefore not sharded; '
-                    f"only modules of {', '.join(roots)} can stand here."
-                )
+            with blaming(name, pattern):
+                paths.match(pattern, where=name)
+                if name != "ignored_modules":
+                    raise ShardingError(
+                        f'{name}: "{pattern}" names a part that is not trained and therefore not sharded; '
+                        f"only modules of {', '.join(roots)} can stand here."
+                    )
     return plans
 
 
@@ -166,22 +168,29 @@ def blocks_by_structure(root: nn.Module) -> list[str]:
     return found
 
 
-def _written(fsdp2: Fsdp2Config, name: str, prefix: str, neighbours: Collection[str]) -> list[str] | None:
-    """A field's patterns for this root, without the prefix; `None` if the file says nothing about it."""
+def _written(
+    fsdp2: Fsdp2Config, name: str, prefix: str, neighbours: Collection[str]
+) -> dict[str, str] | None:
+    """A field's patterns for this root, as written -> without the prefix; `None` if the file says nothing
+    about it.
+    """
     value: Sequence[str] | None = getattr(fsdp2, name)
     if value is None or name not in fsdp2.model_fields_set:
         return None
     if not value:
-        return []
-    own: list[str] = []
+        return {}
+    own: dict[str, str] = {}
     for pattern in value:
-        relative = _relative(pattern, prefix)
-        if relative is not None:
-            own.append(relative)
-            continue
-        first = split_pattern(pattern, f'{name}: "{pattern}"')[0]
-        if first not in neighbours:
-            raise _unknown_part(name, pattern, first, prefix, neighbours)
+        with blaming(name, pattern):
+            relative = _relative(pattern, prefix)
+            if relative is not None:
+                if pattern in own:
+                    raise ShardingError(f'{name}: "{pattern}" stands there twice; keep one of them.')
+                own[pattern] = relative
+                continue
+            first = split_pattern(pattern, f'{name}: "{pattern}"')[0]
+            if first not in neighbours:
+                raise _unknown_part(name, pattern, first, prefix, neighbours)
     # A list that names only other parts (ignored_modules: [ae, text_encoder]) says nothing about this one.
     return own or None
 
@@ -195,7 +204,8 @@ def _unknown_part(name: str, pattern: str, first: str, prefix: str, known: Itera
     else:
         near = difflib.get_close_matches(first, parts, n=1, cutoff=0.6)
         better = ".".join([near[0], *pattern.split(".")[1:]]) if near else f"{prefix}.{pattern}"
-        why = f'the model has no "{first}", only {", ".join(parts)}. Closest: {better}'
+        why = f'the model has no "{first}", only {", ".join(parts)}'
+        return ShardingError(f'{name}: "{pattern}" matches no module: {why}.', f"Closest: {better}.")
     return ShardingError(f'{name}: "{pattern}" matches no module: {why}.')
 
 
@@ -209,56 +219,95 @@ def _relative(pattern: str, prefix: str) -> str | None:
     return pattern[len(prefix) + 1 :] if pattern.startswith(prefix + ".") else None
 
 
+def _resolve_written(
+    paths: ModulePaths, patterns: Mapping[str, str], policy: ShardingPolicy, name: str, prefix: str
+) -> dict[str, str]:
+    """Match a field's patterns, given as written -> relative; module path -> the pattern as written."""
+    authors: dict[str, str] = {}
+    for written, relative in patterns.items():
+        with blaming(name, written):
+            pattern = apply_aliases(relative, policy.aliases, paths) if relative else relative
+            for path in _match(paths, pattern, name, prefix):
+                _claim(authors, path, written, name, prefix)
+    return authors
+
+
 def _resolve(paths: ModulePaths, patterns: Iterable[str], where: str, prefix: str) -> list[str]:
-    """Match patterns; a module that two of them claim is an error."""
+    """Match a policy's patterns; a module that two of them claim is an error."""
     owner: dict[str, str] = {}
     for pattern in patterns:
-        for path in paths.match(pattern, where=where, prefix=prefix) if pattern else [""]:
-            if path in owner:
-                shown = f"{prefix}.{path}" if prefix and path else prefix or path
-                raise ShardingError(
-                    f'{where}: "{shown}" is claimed twice, by "{owner[path]}" and by "{pattern}"; '
-                    "keep one of them."
-                )
-            owner[path] = pattern
+        for path in _match(paths, pattern, where, prefix):
+            _claim(owner, path, pattern, where, prefix)
     return list(owner)
 
 
-def _check_modules(plan: ShardingPlan, modules: Mapping[str, nn.Module], units: Sequence[str]) -> None:
-    for name, chosen in (("sub_modules_to_wrap", units), ("recompute_modules", plan.recompute)):
-        for path in chosen:
-            module, shown = modules[path], plan.full_path(path)
-            if not path:
-                raise ShardingError(f'{name}: "{shown}" is the whole model; name modules inside it.')
-            if type(module).forward is nn.Module.forward or isinstance(module, nn.ModuleList | nn.ModuleDict):
-                raise ShardingError(
-                    f'{name}: "{shown}" is a {type(module).__name__}, which is never called itself; '
-                    f'write "{shown}.{{*}}".'
-                )
-            outside = next((other for other in plan.ignored if is_inside(path, other)), None)
-            if outside is not None:
-                raise ShardingError(
-                    f'{name}: "{shown}" lies in "{plan.full_path(outside)}", '
-                    "which ignored_modules leaves out."
-                )
-    for path in units:
-        if not any(True for _ in modules[path].parameters()):
-            raise ShardingError(f'sub_modules_to_wrap: "{plan.full_path(path)}" has no parameters to shard.')
-    for path in plan.recompute:
-        outer = next((o for o in plan.recompute if o != path and is_inside(path, o)), None)
-        if outer is not None:
-            raise ShardingError(
-                f'recompute_modules: "{plan.full_path(path)}" lies in "{plan.full_path(outer)}", '
-                "which is recomputed as a whole; keep one of them."
-            )
-    for path in plan.ignored:
-        trained = next((n for n, p in modules[path].named_parameters() if p.requires_grad), None)
+def _match(paths: ModulePaths, pattern: str, where: str, prefix: str) -> list[str]:
+    return paths.match(pattern, where=where, prefix=prefix) if pattern else [""]
+
+
+def _claim(owner: dict[str, str], path: str, pattern: str, where: str, prefix: str) -> None:
+    if path in owner:
+        shown = f"{prefix}.{path}" if prefix and path else prefix or path
+        raise ShardingError(
+            f'{where}: "{shown}" is claimed twice, by "{owner[path]}" and by "{pattern}"; keep one of them.'
+        )
+    owner[path] = pattern
+
+
+def _check_modules(
+    plan: ShardingPlan,
+    modules: Mapping[str, nn.Module],
+    units: Sequence[str],
+    authors: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Check each chosen module by itself.
+
+    Args:
+        authors: field of fsdp2.yaml -> module path -> the pattern that names it there.
+    """
+    chosen = {
+        "sub_modules_to_wrap": units,
+        "recompute_modules": plan.recompute,
+        "ignored_modules": plan.ignored,
+    }
+    for name, paths in chosen.items():
+        for path in paths:
+            with blaming(name, authors[name].get(path)):
+                _check_module(plan, modules, name, path)
+
+
+def _check_module(plan: ShardingPlan, modules: Mapping[str, nn.Module], name: str, path: str) -> None:
+    module, shown = modules[path], plan.full_path(path)
+    if name == "ignored_modules":
+        trained = next((n for n, p in module.named_parameters() if p.requires_grad), None)
         if trained is not None:
             raise ShardingError(
-                f'ignored_modules: "{plan.full_path(path)}" has trained parameters ({trained}), '
-                "whose gradients would differ "
+                f'{name}: "{shown}" has trained parameters ({trained}), whose gradients would differ '
                 "between ranks; freeze it, or take it out of the list."
             )
+        return
+    if not path:
+        raise ShardingError(f'{name}: "{shown}" is the whole model; name modules inside it.')
+    if type(module).forward is nn.Module.forward or isinstance(module, nn.ModuleList | nn.ModuleDict):
+        raise ShardingError(
+            f'{name}: "{shown}" is a {type(module).__name__}, which is never called itself; '
+            f'write "{shown}.{{*}}".'
+        )
+    outside = next((other for other in plan.ignored if is_inside(path, other)), None)
+    if outside is not None:
+        raise ShardingError(
+            f'{name}: "{shown}" lies in "{plan.full_path(outside)}", which ignored_modules leaves out.'
+        )
+    if name == "sub_modules_to_wrap":
+        if not any(True for _ in module.parameters()):
+            raise ShardingError(f'{name}: "{shown}" has no parameters to shard.')
+        return
+    outer = next((o for o in plan.recompute if o != path and is_inside(path, o)), None)
+    if outer is not None:
+        raise ShardingError(
+            f'{name}: "{shown}" lies in "{plan.full_path(outer)}", which is recomputed as a whole; '
+            "keep one of them."
+        )
 
 
 def _policy_order(paths: ModulePaths, policy: ShardingPolicy) -> list[str]:
@@ -272,9 +321,17 @@ def _forward_order(units: Sequence[str], known: Sequence[str], modules: Mapping[
 
 
 def _with_parameters(
-    plan: ShardingPlan, root: nn.Module, units: Sequence[str], gathered: set[str]
+    plan: ShardingPlan,
+    root: nn.Module,
+    units: Sequence[str],
+    gathered: set[str],
+    authors: Mapping[str, str],
 ) -> ShardingPlan:
-    """Give each parameter to the innermost unit around it."""
+    """Give each parameter to the innermost unit around it.
+
+    Args:
+        authors: unit -> the pattern of `sub_modules_to_wrap` that names it in fsdp2.yaml.
+    """
     owned: dict[str, list[ParameterInfo]] = {path: [] for path in ["", *units]}
     ignored: list[str] = []
     first_owner: dict[int, tuple[str, str]] = {}
@@ -286,19 +343,21 @@ def _with_parameters(
         owner = next((path for path in deepest_first if is_inside(name, path)), "")
         seen = first_owner.setdefault(id(parameter), (owner, name))
         if seen[0] != owner:
-            raise ShardingError(
-                f"{plan.full_path(name)} is the same tensor as {plan.full_path(seen[1])}, but the units "
-                f'"{plan.full_path(owner)}" and "{plan.full_path(seen[0])}" would gather it apart; '
-                "let one unit hold both."
-            )
+            with blaming("sub_modules_to_wrap", authors.get(owner) or authors.get(seen[0])):
+                raise ShardingError(
+                    f"{plan.full_path(name)} is the same tensor as {plan.full_path(seen[1])}, but the units "
+                    f'"{plan.full_path(owner)}" and "{plan.full_path(seen[0])}" would gather it apart; '
+                    "let one unit hold both."
+                )
         if seen[1] == name:
             owned[owner].append(describe_parameter(name, parameter))
     empty = next((path for path in units if not owned[path]), None)
     if empty is not None:
-        raise ShardingError(
-            f'sub_modules_to_wrap: all parameters of "{plan.full_path(empty)}" belong to units '
-            "inside it; take one level out."
-        )
+        with blaming("sub_modules_to_wrap", authors.get(empty)):
+            raise ShardingError(
+                f'sub_modules_to_wrap: all parameters of "{plan.full_path(empty)}" belong to units '
+                "inside it; take one level out."
+            )
     made = tuple(Unit(path, tuple(owned[path]), path in gathered) for path in units)
     return replace(plan, units=made, root=Unit("", tuple(owned[""])), ignored_parameters=tuple(ignored))
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from mm_registry.errors import UserError
 
@@ -24,8 +25,36 @@ _RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
 _ANY = "\0"  # stands for {*} inside an expanded name; no module name holds it
 
 
-class PatternError(UserError):
+class PlanError(UserError):
+    """A policy, fsdp2.yaml and a model do not fit together.
+
+    Attributes:
+        problem, suggestion: the two parts of the message; the second may be empty.
+        field, pattern: of fsdp2.yaml, the pattern as it is written there, where one of its patterns is to
+            blame; else None.
+    """
+
+    def __init__(self, problem: str, suggestion: str = "") -> None:
+        super().__init__(f"{problem} {suggestion}" if suggestion else problem)
+        self.problem = problem
+        self.suggestion = suggestion
+        self.field: str | None = None
+        self.pattern: str | None = None
+
+
+class PatternError(PlanError):
     """A pattern is malformed, or does not fit the model."""
+
+
+@contextmanager
+def blaming(field: str | None, pattern: str | None) -> Iterator[None]:
+    """Tell an error that leaves the block which pattern of fsdp2.yaml it is about, if it is about one."""
+    try:
+        yield
+    except PlanError as error:
+        if error.field is None and field is not None and pattern is not None:
+            error.field, error.pattern = field, pattern
+        raise
 
 
 class ModulePaths:
@@ -101,9 +130,9 @@ class ModulePaths:
         near = difflib.get_close_matches(shown, children, n=2, cutoff=0.5)
         suggestions = [_join(prefix, _join(base, child)) for child in near]
         suggestions += [p for p in self.closest(_join(base, shown), prefix) if p not in suggestions]
-        mend = f" Closest: {', '.join(suggestions[:3])}." if suggestions else ""
+        mend = f"Closest: {', '.join(suggestions[:3])}." if suggestions else ""
         return PatternError(
-            f'{label} matches no module: {place} has no "{shown}", only {_summary(children)}.{mend}'
+            f'{label} matches no module: {place} has no "{shown}", only {_summary(children)}.', mend
         )
 
 

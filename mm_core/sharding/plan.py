@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from mm_core.accelerator import dtype_name
-from mm_registry.errors import UserError
+from mm_core.sharding.patterns import PlanError
 
 _WRAPPER = "_checkpoint_wrapped_module"
 
 
-class ShardingError(UserError):
-    """A policy, fsdp2.yaml and a model do not fit together."""
+class ShardingError(PlanError):
+    """What a policy or fsdp2.yaml asks for cannot be done with this model or this number of ranks."""
 
 
 @dataclass(frozen=True, slots=True)

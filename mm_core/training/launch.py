@@ -49,8 +49,19 @@ def check_launch(flags: TrainFlags) -> None:
     """Refuse `--nproc-per-node` under a launcher that disagrees, and machines that cannot find each other.
 
     Raises:
-        UserError: the two numbers of processes differ, or several machines have no common address.
+        UserError: the two numbers of processes differ, several machines have no common address, or a launcher's
+            variables are incomplete or no numbers.
     """
+    for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+        if name in os.environ and other not in os.environ:
+            raise UserError(
+                f"{name}={os.environ[name]} is set in the environment, but {other} is not: each process would train by itself; "
+                f"set both (torchrun does), or unset {name}."
+            )
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdigit()):
+            raise UserError(f"{name}={value} in the environment is no number; torchrun sets it, or unset it.")
     if not started_by_launcher():
         if (flags.nnodes or 1) > 1 and flags.master_addr is None:
             raise UserError(

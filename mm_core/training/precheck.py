@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm_core.config import TrainingJob
+from mm_core.config import ConfigError, Finding, TrainingJob
+from mm_core.config.origin import KeyPath
 from mm_core.models.factory import build_component, sharding_policy
 from mm_core.models.sora import EXPERTS
 from mm_core.sharding import ShardingPlan, ShardingPolicy, build_plans
+from mm_core.sharding.patterns import PlanError
 from mm_core.weights import is_hf_folder, resolve_load
 
 
@@ -22,6 +24,7 @@ def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
         The plan of each FSDP root.
 
     Raises:
+        ConfigError: a pattern of fsdp2.yaml does not fit the model; the finding points at it.
         UserError: fields that the model refuses, patterns that match nothing, a `--load` without a complete checkpoint.
     """
     load = job.flags.load
@@ -43,7 +46,29 @@ def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
     for name in EXPERTS:
         if name in job.components:
             with torch.no_grad():
-                composite.add_module(name, build_component(job.components[name], "meta"))
+                composite.add_module(name, build_component(job.components[name], "meta", hooks=job.hooks))
             policies[name] = sharding_policy(job.components[name]) or ShardingPolicy()
     roots = {name: composite.get_submodule(name) for name in policies}
-    return build_plans(roots, policies, job.fsdp2, composite)
+    try:
+        return build_plans(roots, policies, job.fsdp2, composite)
+    except PlanError as error:
+        finding = _at_its_pattern(error, job)
+        if finding is None:  # a policy or the model itself is to blame
+            raise
+        raise ConfigError([finding]) from error
+
+
+def _at_its_pattern(error: PlanError, job: TrainingJob) -> Finding | None:
+    """The error as a finding at the pattern of fsdp2.yaml that it is about; `None` if it is about none."""
+    if error.field is None or error.pattern is None:
+        return None
+    patterns: tuple[str, ...] = getattr(job.fsdp2, error.field)
+    path: KeyPath = (error.field, len(patterns) - 1 - patterns[::-1].index(error.pattern))
+    return Finding.at(
+        job.documents["fsdp2"].origin(path),
+        "error",
+        "bad-pattern",
+        error.problem.removesuffix("."),
+        path=path,
+        suggestion=error.suggestion.removesuffix("."),
+    )

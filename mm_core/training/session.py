@@ -7,12 +7,14 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mm_core.accelerator import Accelerator
 from mm_core.config import TrainingJob
+from mm_core.data import build_dataset
 from mm_core.observe.console import setup_logging
 from mm_core.training.launch import LocalRanks, check_launch, die_with_parent, started_by_launcher
 from mm_core.training.precheck import check_build
@@ -38,14 +40,16 @@ def train(job: TrainingJob, argv: Sequence[str]) -> int:
     """
     check_launch(job.flags)
     check_build(job)
+    # Annotations and headers are read before weights, and before anything is written.
+    dataset = build_dataset(job.components["dataset"], job.flags.seed)
     if started_by_launcher():
         die_with_parent()
-        return _train_rank(job, None)
+        return _train_rank(job, dataset, None)
     with LocalRanks(job.flags, argv) as children:
-        return _train_rank(job, children)
+        return _train_rank(job, dataset, children)
 
 
-def _train_rank(job: TrainingJob, children: LocalRanks | None) -> int:
+def _train_rank(job: TrainingJob, dataset: Any, children: LocalRanks | None) -> int:
     accelerator = Accelerator.current()
     accelerator.init_process_group(job.flags.distributed_backend, job.flags.distributed_timeout_minutes)
     rank = dist.get_rank()
@@ -62,7 +66,7 @@ def _train_rank(job: TrainingJob, children: LocalRanks | None) -> int:
             log.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s", finding)
         accelerator.seed_all(job.flags.seed + rank)
         with StopSignal(children.terminate if children else None) as stop:
-            stopped = Trainer(job, accelerator, run).train(lambda: stop.requested)
+            stopped = Trainer(job, accelerator, run, dataset).train(lambda: stop.requested)
         # Only an orderly end: after a failure the peers may stand in a collective, and waiting for them would hang.
         dist.destroy_process_group()
         return EXIT_TERMINATED if stopped else 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
 EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells report it
+_PATIENCE = 5.0  # seconds; a launcher and a parent may both pass one signal on
 
 
 class StopSignal:
@@ -19,6 +22,7 @@ class StopSignal:
 
     def __init__(self, forward: Callable[[], None] | None = None) -> None:
         self.requested = False
+        self._since = 0.0
         self._forward = forward
         self._old: object = None
 
@@ -28,7 +32,12 @@ class StopSignal:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        now = time.monotonic()
+        if self.requested and now - self._since > _PATIENCE:  # whoever asks again does not want to wait for the step
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        if not self.requested:
+            self.requested, self._since = True, now
         if self._forward is not None:
             self._forward()
 

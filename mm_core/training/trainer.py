@@ -17,7 +17,7 @@ import torch.distributed as dist
 import mm_core
 from mm_core.accelerator import Accelerator
 from mm_core.config import TrainingJob
-from mm_core.data import build_dataset, build_loader
+from mm_core.data import build_loader
 from mm_core.models.factory import build_sora_model
 from mm_core.models.pretrained import load_predictor_folder
 from mm_core.observe.callback import Callback, RunContext, StepRecord
@@ -59,9 +59,12 @@ class Trainer:
         job: checked configuration.
         accelerator: the device of this rank.
         run: the run's folder, opened by rank 0; `None` when nothing is saved.
+        dataset: of the job, from `build_dataset`.
     """
 
-    def __init__(self, job: TrainingJob, accelerator: Accelerator, run: RunFolder | None) -> None:
+    def __init__(
+        self, job: TrainingJob, accelerator: Accelerator, run: RunFolder | None, dataset: Any
+    ) -> None:
         flags = job.flags
         self.job, self.flags, self.accelerator, self.run = job, flags, accelerator, run
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -88,7 +91,7 @@ class Trainer:
         task = mm_core.TASK_MAPPINGS[job.components["task"].model_id]
         self.task = task(self.model, seed=flags.seed, device=self.device)
         self._resume()
-        self.batches = self._build_batches()
+        self.batches = self._build_batches(dataset)
         self.callbacks = self._build_callbacks()
 
     # -- building ---------------------------------------------------------------------------------------------------
@@ -141,9 +144,8 @@ class Trainer:
                 self.step,
             )
 
-    def _build_batches(self) -> Iterator[dict[str, Any]]:
+    def _build_batches(self, dataset: Any) -> Iterator[dict[str, Any]]:
         flags = self.flags
-        dataset = build_dataset(self.job.components["dataset"], flags.seed)
         self.dataset_samples = len(dataset)
         before = self.loaded.get("dataset_samples", self.dataset_samples)
         if before != self.dataset_samples:

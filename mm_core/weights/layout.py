@@ -4,8 +4,7 @@
     <run>/checkpoints/latest           the name of the newest one, for people and scripts
     <run>/checkpoints/.tmp-iter_…      being written, or left behind by a crash
 
-A checkpoint is complete when it has `.complete`, a JSON list of its files with their sizes, and checksums of
-the small ones. The folder gets its final name after that, by one rename: a folder named `iter_…` without
+A checkpoint is complete when it has `.complete`, a JSON list of its files with their sizes and checksums. The folder gets its final name after that, by one rename: a folder named `iter_…` without
 marker was not written by us to its end.
 """
 
@@ -27,7 +26,7 @@ MARKER = ".complete"
 LATEST = "latest"
 TEMPORARY = ".tmp-"
 _NAME = re.compile(r"iter_(\d+)")
-_CHECKSUM_LIMIT = 1 << 20  # bytes; larger files are checked by size alone
+_QUICK = 1 << 20  # bytes; larger files are read through only when their tensors are wanted
 
 
 def folder_name(iteration: int) -> str:
@@ -77,52 +76,72 @@ def resolve_load(path: Path) -> Path:
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
-    """Check a checkpoint's files against its marker: all there, sizes right, small ones unchanged. Returns
-    the marker.
+    """Check a checkpoint's files against its marker, quickly: all there, sizes right, small ones unchanged.
+    `verify_contents` does the rest. Returns the marker.
 
     Raises:
         WeightsError: it is unfinished or damaged; the message names the newest older one, if there is one.
     """
     marker = checkpoint / MARKER
     try:
-        content = json.loads(marker.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
         files: Mapping[str, Mapping[str, Any]] = content["files"]
-        sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+        written = {name: (int(entry["bytes"]), entry.get("blake2b")) for name, entry in files.items()}
     except FileNotFoundError:
         raise WeightsError(
-            f"{checkpoint} is unfinished: it has no {MARKER} marker.{_older(checkpoint)}"
+            f"{checkpoint} is unfinished: it has no {MARKER} marker.{older(checkpoint)}"
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{marker} cannot be read ({error}).{_older(checkpoint)}") from error
-    for name, size in sizes.items():
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
+        raise WeightsError(f"{marker} cannot be read ({error}).{older(checkpoint)}") from error
+    for name, (size, expected) in written.items():
         file = checkpoint / name
         if Path(name).name != name:
             raise WeightsError(f"{marker}: {name!r} points outside the checkpoint; refused.")
         if not file.is_file():
-            raise WeightsError(f"{checkpoint} is damaged: {name} is missing.{_older(checkpoint)}")
+            raise WeightsError(f"{checkpoint} is damaged: {name} is missing.{older(checkpoint)}")
         if file.stat().st_size != size:
             raise WeightsError(
                 f"{checkpoint} is damaged: {name} has {file.stat().st_size} bytes, {size} were written."
-                f"{_older(checkpoint)}"
+                f"{older(checkpoint)}"
             )
-        checksum = files[name].get("blake2b")
-        if checksum is not None and checksum != _checksum(file):
-            raise WeightsError(
-                f"{checkpoint} is damaged: {name} was changed after it was written.{_older(checkpoint)}"
-            )
-    result: dict[str, Any] = content
-    return result
+        if size <= _QUICK:
+            _compare(checkpoint, name, expected)
+    return content
 
 
-def write_marker(folder: Path, iteration: int) -> None:
-    """Write the marker of a folder whose files are all there and on disk."""
-    files: dict[str, dict[str, Any]] = {}
-    for file in sorted(folder.iterdir()):
-        entry: dict[str, Any] = {"bytes": file.stat().st_size}
-        if entry["bytes"] <= _CHECKSUM_LIMIT:
-            entry["blake2b"] = _checksum(file)
-        files[file.name] = entry
+def verify_contents(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
+    """Do what `verify` does, and read the large files through too; of these, only each `parts`-th from
+    `part` on, so that ranks can share the work. A marker of an older version has no checksums of them.
+
+    Raises:
+        WeightsError: as `verify`.
+    """
+    files = verify(checkpoint)["files"]
+    large = sorted(name for name, entry in files.items() if int(entry["bytes"]) > _QUICK)
+    for name in large[part::parts]:
+        _compare(checkpoint, name, files[name].get("blake2b"))
+
+
+def write_marker(folder: Path, iteration: int, checksums: Mapping[str, str] | None = None) -> None:
+    """Write the marker of a folder whose files are all there and on disk.
+
+    Args:
+        checksums: file name -> `checksum`, of the files that are not to be read again here.
+    """
+    known = checksums or {}
+    files = {
+        file.name: {"bytes": file.stat().st_size, "blake2b": known.get(file.name) or checksum(file)}
+        for file in sorted(folder.iterdir())
+    }
     write_text(folder / MARKER, json.dumps({"format": 1, "iteration": iteration, "files": files}, indent=1))
+
+
+def checksum(file: Path) -> str:
+    """BLAKE2b of a file's bytes, 128 bits in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def publish(temporary: Path, final: Path) -> None:
@@ -214,11 +233,18 @@ def _unfinished(checkpoints: Path) -> list[str]:
     return bare + sorted(p.name for p in checkpoints.glob(f"{TEMPORARY}*iter_*"))
 
 
-def _older(checkpoint: Path) -> str:
-    """Advice: the newest complete checkpoint beside a bad one."""
+def older(checkpoint: Path) -> str:
+    """Advice to end a message with: the newest complete checkpoint beside a bad one."""
     others = [p for p in complete_checkpoints(checkpoint.parent) if p.name != checkpoint.name]
     before = [p for p in others if p.name < checkpoint.name] or others
     return f" An older complete one: --load {before[-1]}" if before else ""
+
+
+def _compare(checkpoint: Path, name: str, expected: str | None) -> None:
+    if expected is not None and expected != checksum(checkpoint / name):
+        raise WeightsError(
+            f"{checkpoint} is damaged: {name} was changed after it was written.{older(checkpoint)}"
+        )
 
 
 def _closest(path: Path) -> str:
@@ -228,7 +254,3 @@ def _closest(path: Path) -> str:
     names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
     return f" Closest: {parent / near[0]}" if near else ""
-
-
-def _checksum(file: Path) -> str:
-    return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()

@@ -22,7 +22,7 @@ class Group:
             `"predictor"`.
         noun: the same for messages.
         mapping: name of the registry in `mm_core`; None if there is none.
-        chosen_by: the key of a configuration whose value is the id.
+        chosen_by: the key of a configuration whose value is the id, or a list of ids.
     """
 
     name: str

@@ -191,7 +191,7 @@ def _call_each(hooks: pluggy.PluginManager, name: str, **arguments: Any) -> Iter
         )
         try:
             results = hooks.subset_hook_caller(name, others)(**own)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a hook that exits would end the command, and with its code
             about = f"{arguments['role']} {arguments['model_id']!r}"
             text = " ".join(f"{type(error).__name__}: {error}".split())
             message = f"the hook {name} of {spec.provider} ({spec.target}) raised for {about}: {text[:400]}"

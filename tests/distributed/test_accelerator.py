@@ -85,6 +85,19 @@ def test_the_spellings_of_the_backend_flag_mean_gloo_on_a_cpu(backend):
     assert run_ranks(run, 1) == ["gloo"]
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_deterministic_forces_kernels_and_cublas_workspaces(before, after):
+    def run() -> tuple[bool, bool, str | None]:
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        if before is not None:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = before
+        start = torch.are_deterministic_algorithms_enabled()
+        Accelerator("cpu").deterministic()
+        return start, torch.are_deterministic_algorithms_enabled(), os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+    assert run_ranks(run, 1) == [(False, True, after)]
+
+
 def test_an_unknown_backend_is_a_user_error():
     with pytest.raises(UserError, match='--distributed-backend "ncll"'):
         Accelerator("cpu").init_process_group("ncll")

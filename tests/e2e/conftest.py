@@ -55,7 +55,8 @@ class Job:
     def flags(self, *more: str | Path) -> list[str]:
         return [
             "--mm-model", str(self.model), "--mm-data", str(self.data), "--mm-tool", str(self.tools),
-            "--fsdp2-config-path", str(self.fsdp2), "--lr", "1e-3", "--lr-decay-style", "constant", "--seed", "7", "--num-workers", "0", *map(str, more),
+            "--fsdp2-config-path", str(self.fsdp2), "--lr", "1e-3", "--lr-decay-style", "constant", "--seed", "7",
+            "--num-workers", "0", *map(str, more),
         ]  # fmt: skip
 
 

@@ -134,7 +134,8 @@ def test_torchrun_is_the_same_command(tmp_path: Path) -> None:
         tmp_path / "run",
     )
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mm_core", "train", *flags],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         "-m", "mm_core", "train", *flags],
         cwd=ROOT, env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -203,7 +204,8 @@ def test_the_static_profile_writes_a_trace(tmp_path: Path) -> None:
 def test_mixed_precision_recompute_and_accumulation_from_the_yaml(ten_steps: Path, tmp_path: Path) -> None:
     fsdp2 = tmp_path / "fsdp2.yaml"
     fsdp2.write_text(
-        "sharding_size: auto\nsub_modules_to_wrap: ['predictor.blocks.{*}', predictor.head]\nrecompute_modules: ['predictor.blocks.{*}']\n"
+        "sharding_size: auto\nsub_modules_to_wrap: ['predictor.blocks.{*}', predictor.head]\n"
+        "recompute_modules: ['predictor.blocks.{*}']\n"
         "ignored_modules: [ae, text_encoder]\nreshard_after_forward: false\n"
     )
     result = train(Job(fsdp2=fsdp2), tmp_path / "recompute", steps=3, batch=(1, 4))

@@ -88,13 +88,8 @@ def compare(run: Path, options: argparse.Namespace, started: float) -> dict[str,
 
     # The real clips, exactly as training sees them.
     flags = [
-        "--mm-model",
-        str(HERE / "model.json"),
-        "--mm-data",
-        str(HERE / "data.json"),
-        "--train-iters",
-        "1",
-    ]
+        "--mm-model", str(HERE / "model.json"), "--mm-data", str(HERE / "data.json"), "--train-iters", "1", "--lr", "1",
+    ]  # fmt: skip
     os.chdir(ROOT)
     job = load_training_job(parse_train_flags(flags))
     dataset = build_dataset(job.components["dataset"], options.seed)

@@ -14,6 +14,14 @@ from mm_core.config.keys import NoEffect, Only
 from mm_core.config.section import SectionModel, invalid
 
 PositiveInt = Annotated[int, Field(ge=1)]
+# Far above every model there is: a slip of the keyboard is an error here rather than a build without end.
+Width = Annotated[int, Field(ge=1, le=2**18)]
+Channels = Annotated[int, Field(ge=1, le=2**16)]
+Tokens = Annotated[int, Field(ge=1, le=2**20)]
+Heads = Annotated[int, Field(ge=1, le=4096)]
+Layers = Annotated[int, Field(ge=1, le=1000)]
+Steps = Annotated[int, Field(ge=1, le=100_000)]
+Side = Annotated[int, Field(ge=1, le=16384)]
 UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
 
 _KERNELS = "the attention backend chooses its own layout and kernels"
@@ -35,22 +43,22 @@ class WanDiTConfig(SectionModel):
         ),
     ] = "t2v"
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 2, 2)
-    text_len: PositiveInt = 512
-    in_dim: PositiveInt = 16
-    hidden_size: PositiveInt = 2048
-    ffn_dim: PositiveInt = 8192
-    freq_dim: Annotated[int, Field(ge=2, multiple_of=2)] = 256
-    text_dim: PositiveInt = 4096
-    out_dim: PositiveInt = 16
-    num_heads: PositiveInt = 16
-    num_layers: PositiveInt = 32
+    text_len: Tokens = 512
+    in_dim: Channels = 16
+    hidden_size: Width = 2048
+    ffn_dim: Width = 8192
+    freq_dim: Annotated[int, Field(ge=2, le=2**18, multiple_of=2)] = 256
+    text_dim: Width = 4096
+    out_dim: Channels = 16
+    num_heads: Heads = 16
+    num_layers: Layers = 32
     qk_norm: Annotated[bool, Only(True, reason="the model always normalises queries and keys")] = True
     qk_norm_type: Annotated[
         str, Only("rmsnorm", reason="the model's query and key norm is an RMSNorm over all heads")
     ] = "rmsnorm"
     cross_attn_norm: bool = True
     eps: Annotated[float, Field(gt=0.0)] = 1e-6
-    max_seq_len: PositiveInt = 1024
+    max_seq_len: Tokens = 1024
 
     img_dim: Annotated[int, NoEffect("only Wan2.1's image-conditioned models embed CLIP image features")] = (
         1280
@@ -112,8 +120,8 @@ class WanDiTConfig(SectionModel):
 class WanFlowMatchSchedulerConfig(SectionModel):
     """`diffusion` with `model_id: wan_flow_match_scheduler`: flow matching with a shifted sigma grid."""
 
-    num_train_timesteps: PositiveInt = 1000
-    num_inference_timesteps: PositiveInt | None = None
+    num_train_timesteps: Steps = 1000
+    num_inference_timesteps: Steps | None = None
     shift: Annotated[float, Field(gt=0.0)] = 3.0
     sigma_max: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     sigma_min: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.003 / 1.002
@@ -197,19 +205,19 @@ class WanVideoVAEConfig(SectionModel):
         dict[str, Any] | None, Only(None, reason="image conditions are made for image-to-video training only")
     ] = None
 
-    base_dim: PositiveInt | None = None
-    decoder_base_dim: PositiveInt | None = None
-    z_dim: PositiveInt | None = None
+    base_dim: Channels | None = None
+    decoder_base_dim: Channels | None = None
+    z_dim: Channels | None = None
     dim_mult: list[PositiveInt] | None = None
-    num_res_blocks: PositiveInt | None = None
+    num_res_blocks: Layers | None = None
     attn_scales: list[float] | None = None
     temperal_downsample: list[bool] | None = None
     dropout: UnitInterval | None = None
     latents_mean: list[float] | None = None
     latents_std: list[Annotated[float, Field(gt=0.0)]] | None = None
     is_residual: bool | None = None
-    in_channels: PositiveInt | None = None
-    out_channels: PositiveInt | None = None
+    in_channels: Channels | None = None
+    out_channels: Channels | None = None
     patch_size: PositiveInt | None = None
 
     @model_validator(mode="after")
@@ -240,7 +248,7 @@ class WanVideoVAEConfig(SectionModel):
 class WanPipelineConfig(SectionModel):
     """`pipeline_config` with `pipeline_class: WanPipeline`."""
 
-    input_size: tuple[PositiveInt, PositiveInt, PositiveInt]
+    input_size: tuple[Side, Side, Side]
     """Frames, height and width of the video in pixels."""
     boundary_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Sigma at and above which `predictor` denoises, below it `low_noise_predictor`."""

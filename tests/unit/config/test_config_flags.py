@@ -67,6 +67,12 @@ def test_a_classic_script_is_accepted_with_notes() -> None:
     ]
 
 
+def test_a_flag_with_effect_gets_no_note() -> None:
+    flags = parse_train_flags(["--use-deter-comp"])
+    assert flags.use_deter_comp
+    assert flags.findings == ()
+
+
 GOLDEN = [
     ("--micro-batchsize 2", "--micro-batchsize error: there is no such flag. Did you mean "
     "--micro-batch-size?"),

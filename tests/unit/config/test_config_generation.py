@@ -113,6 +113,25 @@ def test_experts_come_in_pairs_and_overrides_have_places(files: Any) -> None:
     assert "the file has no object fps, so nothing can be set in it" in fails(**{"fps.x": 1})
 
 
+def test_prompts_are_cleaned_in_one_of_two_ways(files: Any) -> None:
+    def methods(**keys: Any) -> tuple[str, ...]:
+        files.inference |= keys
+        files.write()
+        return load_generation_job("inference.json").model.prompt_methods
+
+    assert methods() == ()
+    assert methods(use_prompt_preprocess=True) == ("basic_clean", "whitespace_clean")
+    steps = [{"method": "lower"}, {"method": "whitespace_clean"}]
+    assert methods(use_prompt_preprocess=False, text_preprocess_methods=steps) == (
+        "lower",
+        "whitespace_clean",
+    )
+    assert methods(text_preprocess_methods={"method": "lowercase"}) == ("lowercase",)
+    files.inference["use_prompt_preprocess"] = True
+    files.write()
+    assert '"use_prompt_preprocess": text_preprocess_methods is given too' in fails()
+
+
 def test_weights_may_come_from_a_run(files: Any) -> None:
     files.inference["predictor"].pop("from_pretrained")
     files.write()

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from mm_core import CALLBACK_MAPPINGS
 from mm_core.config import ConfigError, load_training_job
+from mm_core.config.file_check import check_file
 
 Spoil = Callable[[Any], Any]  # changes the files of a job; see conftest
 
@@ -129,6 +131,18 @@ BAD: list[tuple[str, Spoil, str, str]] = [
     ("dataset", lambda f: f.data["dataset_param"].update(dataset_type="i2v"),
      '^"i2v"',
      "no installed distribution offers the dataset 'i2v'. Did you mean 't2v' (mmzoo-core 0.1.0)?"),
+    ("callback", lambda f: f.model.update(callbacks=["wandit"]),
+     '"callbacks": [\n        ^"wandit"',
+     "no installed distribution offers the callback 'wandit'. 'wandit' is a predictor, not a callback: it "
+     "comes from mmzoo-plugin-wan22 0.1.0 and goes under predictor.model_id"),
+    ("slower", lambda f: f.data["dataset_param"]["preprocess_parameters"].update(speed_factor=0.5),
+     '"speed_factor": ^0.5',
+     '"speed_factor": must be at least 1, not 0.5: videos are sped up, never slowed down; '
+     "a higher train_fps (with auto_interval) slows the motion of a clip"),
+    ("cleaning", lambda f: f.data["dataset_param"].update(text_preprocess_methods=[{"method": "lowre"}]),
+     '"method": ^"lowre"',
+     '"method" is "lowre", expected "basic_clean", "whitespace_clean", "lower" or "lowercase". '
+     'Did you mean "lower"?'),
     ("dynamic", lambda f: f.tools["profile"].update(enable=True, profile_type="dynamic"),
      '^"dynamic"',
      '"profile_type": dynamic profiling is not available yet; use "static"'),
@@ -184,6 +198,32 @@ def test_findings_of_all_files_come_at_once(files: Any) -> None:
         "fsdp2.yaml:1:14",
     ]
     assert "missing ',' between this value and the next key \"max_height\"" in lines[3]
+
+
+def test_callbacks_are_resolved_and_not_imported(files: Any) -> None:
+    files.model["callbacks"] = ["first", "second", "first"]
+    files.write()
+    with CALLBACK_MAPPINGS.temporary() as callbacks:
+        callbacks.register("first", object())
+        callbacks.register("second", object())
+        job = load_training_job(files.flags())
+        assert not [f for f in check_file("model.json") if f.level == "error"]
+    assert [spec.id for spec in job.callbacks] == ["first", "second", "first"]
+    assert "callback" not in {component.role for component in job.components.values()}
+    assert job.resolved()["values"]["model"]["callbacks"] == ["first", "second", "first"]
+    (found,) = [f for f in check_file("model.json") if "'second'" in f.message]
+    assert (found.code, found.path) == ("unknown-id", "callbacks[1]")
+    files.model["callbacks"] = "first"
+    files.write()
+    assert load_errors(files) == [
+        files.find('"callbacks": ^"first"') + ': "callbacks" is "first", expected a list'
+    ]
+
+
+def load_errors(files: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_training_job(files.flags())
+    return str(caught.value).split("\n")
 
 
 def test_flags_and_files_must_fit(files: Any) -> None:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mm_core.data.errors import DataError
 from mm_core.data.frames import FrameRule
 
 
@@ -64,6 +65,23 @@ def test_min_num_frames_does_not_refuse_clips_of_full_length() -> None:
     assert rule.short_reason(8, 24.0, chance=0.0) is None
 
 
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("fps", [1e-300, 5e-324, 24.0, 1e300])
+def test_absurd_rates_and_lengths_cost_no_time(fps: float) -> None:
+    rule = FrameRule(num_frames=4, train_fps=1e6, speed_factor=1.5, drop_short_ratio=0.0)
+    for total in (1, 2**31):
+        rule.short_reason(total, fps, chance=0.5)
+        frames = rule.choose(total, fps, draw=2**64 - 1)
+        assert frames == sorted(frames)
+        assert 0 <= frames[0] <= frames[-1] < total
+
+
+@pytest.mark.parametrize(("name", "value"), [("train_fps", 1e300), ("train_fps", 0.0), ("frame_interval", 1e300)])
+def test_a_step_beyond_reason_is_refused(name: str, value: float) -> None:
+    with pytest.raises(DataError, match=rf"preprocess_parameters\.{name} is .* at most 1e\+06"):
+        FrameRule(**{name: value})
+
+
 @settings(max_examples=200)
 @given(
     total=st.integers(1, 400),
@@ -97,7 +115,7 @@ def test_clips_are_ascending_frames_of_the_video(
     assert frames == sorted(frames)
     assert frames[0] >= 0
     assert frames[-1] < total
-    if rule.short_reason(total, fps, chance=0.5) is None and len(rule.available(total, fps)) >= num_frames:
+    if rule.short_reason(total, fps, chance=0.5) is None and rule.count(total, fps) >= num_frames:
         assert len(frames) == num_frames
     else:
         assert len(frames) % 4 == 1

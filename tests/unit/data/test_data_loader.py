@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ from mm_core.config.data import DataConfig
 from mm_core.data import DataError, T2VDataset, build_loader
 from mm_core.data.cache import ClipCache
 from mm_core.data.collate import collate
+from mm_core.data.loader import MicroBatches
 
 Fields = dict[str, Any]
 
@@ -21,7 +27,7 @@ def data_config(**loader: Any) -> DataConfig:
     return DataConfig.model_validate({"dataset_param": {"dataset_type": "t2v"}, "dataloader_param": loader})
 
 
-def take(dataset: Any, count: int, loader: Fields | None = None, **layout: int) -> list[Fields]:
+def build(dataset: Any, loader: Fields | None = None, **layout: int) -> MicroBatches:
     sizes = {
         "seed": 5,
         "dp_rank": 0,
@@ -31,8 +37,11 @@ def take(dataset: Any, count: int, loader: Fields | None = None, **layout: int) 
         "num_workers": 0,
         "consumed_samples": 0,
     }
-    batches = build_loader(dataset, data_config(shuffle=True, **(loader or {})), **(sizes | layout))
-    return list(islice(batches, count))
+    return build_loader(dataset, data_config(shuffle=True, **(loader or {})), **(sizes | layout))
+
+
+def take(dataset: Any, count: int, loader: Fields | None = None, **layout: int) -> list[Fields]:
+    return list(islice(build(dataset, loader, **layout), count))
 
 
 def same(left: list[Fields], right: list[Fields]) -> bool:
@@ -155,6 +164,64 @@ def test_workers_share_the_account_of_bad_samples(
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(DataError, match=r"3 of 6 samples cannot be read, more than max_bad_samples \(2\)"):
         take(dataset, 12, num_workers=2)
+
+
+class Stuck(torch.utils.data.Dataset[Fields]):
+    """Its first sample comes at once, all others never."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def get(self, index: int, key: int) -> Fields:
+        if key > 0:
+            time.sleep(1000)
+        return {"file": str(index)}
+
+
+def one_worker() -> Any:
+    (worker,) = multiprocessing.active_children()
+    return worker
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_outlives_a_signal_to_the_whole_job(varied: T2VDataset) -> None:
+    alone = take(varied, 6)
+    stream = iter(build(varied, num_workers=1))
+    batches = [next(stream)]
+    for _ in range(2):
+        # Another process sends it, as a scheduler does.
+        subprocess.run(["kill", "-TERM", str(one_worker().pid)], check=True)
+        batches.append(next(stream))
+    time.sleep(0.2)
+    assert one_worker().is_alive()
+    assert same(alone, batches + list(islice(stream, 3)))
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_hangs_ends_when_its_owner_says_so() -> None:
+    stream = iter(build(Stuck(), micro_batch_size=1, global_batch_size=1, num_workers=1))
+    next(stream)
+    worker = one_worker()
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
+@pytest.mark.timeout(90)
+def test_a_program_whose_worker_hangs_can_end(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(
+        "from test_data_loader import Stuck, build\n"
+        "stream = iter(build(Stuck(), micro_batch_size=1, global_batch_size=1, num_workers=2))\n"
+        "print(next(stream)['sample_index'].tolist())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "[0]\n"), done.stderr
 
 
 def test_a_plain_map_style_dataset_works_too() -> None:

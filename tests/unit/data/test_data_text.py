@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 from data_helpers import TINY
 
+from mm_core.config import read_document
+from mm_core.config.text import TextMethodName
 from mm_core.data.errors import DataError
-from mm_core.data.text import PromptTokenizer, basic_clean, clean_text, whitespace_clean
+from mm_core.data.text import TEXT_METHODS, PromptTokenizer, basic_clean, clean_text, whitespace_clean
 
 METHODS = ("basic_clean", "whitespace_clean")
 CHINESE = "一只灰色的大兔子从洞里爬出来"
@@ -24,7 +27,26 @@ def test_cleaning() -> None:
     assert whitespace_clean(" a\tb\n\n c ") == "a b c"
     assert clean_text("  A &amp; B\n", METHODS) == "A & B"
     assert clean_text("  A ", []) == "  A "
-    assert clean_text(" ABC ", ["lowercase"]) == "abc"
+    assert clean_text(" ABC ", ["lowercase"]) == clean_text(" ABC ", ["lower"]) == "abc"
+
+
+def test_the_configuration_and_the_data_room_know_the_same_methods() -> None:
+    accepted = typing.get_args(TextMethodName)
+    assert set(accepted) == set(TEXT_METHODS)
+    assert [clean_text(" x ", [name]) for name in accepted] == ["x"] * len(accepted)
+
+
+EXAMPLES = sorted(TINY.parents[1].rglob("inference_model.json"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.parent.relative_to(TINY.parents[1])))
+def test_the_examples_clean_prompts_as_they_clean_captions(path: Path) -> None:
+    assert len(EXAMPLES) >= 4
+    data = read_document(path.with_name("data.json")).data["dataset_param"]
+    inference = read_document(path).data
+    assert data["enable_text_preprocessing"]
+    assert inference["text_preprocess_methods"] == data["text_preprocess_methods"] != []
+    assert not inference.get("use_prompt_preprocess")
 
 
 def test_no_script_is_lost() -> None:

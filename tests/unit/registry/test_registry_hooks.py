@@ -110,6 +110,16 @@ def test_exception_names_distribution_version_and_hook(site: Any) -> None:
     assert model["built"] == ["failing"]
 
 
+def test_hook_that_exits_does_not_end_the_command(site: Any) -> None:
+    add(
+        site,
+        "acme",
+        "from mm_registry import hookimpl\n@hookimpl\ndef overwrite_config():\n    raise SystemExit(0)\n",
+    )
+    with pytest.raises(HookError, match=r"of acme 1\.0 .* raised for ae 'x': SystemExit: 0"):
+        collect_patches(site.manager().activate(["acme"]), "ae", "x", {})
+
+
 def test_result_that_is_no_patch(site: Any) -> None:
     add(
         site,

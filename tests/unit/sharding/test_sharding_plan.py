@@ -11,6 +11,7 @@ from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.sharding import ShardingPolicy, build_plan, build_plans
 from mm_core.sharding.mesh import shard_size
 from mm_core.sharding.mixin import load_fsdp2_config
+from mm_core.sharding.patterns import PlanError
 from mm_core.sharding.plan import ShardingError
 from mm_registry.errors import UserError
 
@@ -144,7 +145,18 @@ def test_rows_give_the_bytes_of_the_fullest_rank_and_the_prefetch():
         ),
         (
             {"sub_modules_to_wrap": ("predictor.blocks.{*}", "predictor.blocks.1")},
-            'claimed twice, by "blocks.{*}" and by "blocks.1"',
+            'claimed twice, by "predictor.blocks.{*}" and by "predictor.blocks.1"',
+        ),
+        ({"ignored_modules": ("ae", "predictor.head", "predictor.head")}, "stands there twice"),
+        (
+            {
+                "sub_modules_to_wrap": (
+                    "predictor.embed",
+                    "predictor.blocks.0.ffn",
+                    "predictor.blocks.0.ffn.{0,2}",
+                )
+            },
+            'all parameters of "predictor.blocks.0.ffn" belong to units inside it',
         ),
         ({"sub_modules_to_wrap": ("predictor.blocks.0.ffn.1",)}, "has no parameters to shard"),
         ({"sub_modules_to_wrap": ("predictor.blocks.{2-0}",)}, "runs backwards"),
@@ -161,9 +173,27 @@ def test_rows_give_the_bytes_of_the_fullest_rank_and_the_prefetch():
     ],
 )
 def test_what_cannot_be_is_a_user_error(fsdp2, message):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(PlanError) as caught:
         plan(**fsdp2)
     assert message in str(caught.value)
+    assert caught.value.pattern in fsdp2[caught.value.field]
+
+
+def test_an_error_names_the_pattern_as_the_file_has_it():
+    policy = ShardingPolicy(units=("blocks.{*}",), aliases={"transformer": "blocks"})
+    with pytest.raises(PlanError) as caught:
+        plan(policy, recompute_modules=("predictor.head", "predictor.transformer.{0,7}"))
+    assert (caught.value.field, caught.value.pattern) == ("recompute_modules", "predictor.transformer.{0,7}")
+    with pytest.raises(PlanError) as caught:
+        plan(policy, ignored_modules=("predictor.blocks.{",))
+    assert (caught.value.field, caught.value.pattern) == ("ignored_modules", "predictor.blocks.{")
+
+
+def test_an_error_of_a_policy_names_no_pattern_of_the_file():
+    for policy in (ShardingPolicy(units=("bloks.{*}",)), ShardingPolicy(recompute=("blocks",))):
+        with pytest.raises(PlanError) as caught:
+            plan(policy, ignored_modules=("ae",))
+        assert (caught.value.field, caught.value.pattern) == (None, None)
 
 
 def test_a_unit_inside_an_ignored_module_is_refused():
@@ -197,8 +227,9 @@ def test_roots_of_a_composite_take_their_own_patterns_and_the_others_are_checked
     plans = build_plans(roots, policies, config, model)
     assert [u.path for u in plans["predictor"].units] == ["blocks.0", "blocks.1"]
     assert len(plans["low_noise_predictor"].units) == 3  # the file says nothing about it
-    with pytest.raises(ShardingError, match="names a part that is not trained"):
+    with pytest.raises(ShardingError, match="names a part that is not trained") as caught:
         build_plans(roots, policies, Fsdp2Config(recompute_modules=("text_encoder",)), model)
+    assert (caught.value.field, caught.value.pattern) == ("recompute_modules", "text_encoder")
     with pytest.raises(UserError, match='"text_encoder" has no submodules'):
         build_plans(roots, policies, Fsdp2Config(ignored_modules=("text_encoder.layers",)), model)
 

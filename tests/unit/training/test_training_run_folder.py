@@ -56,7 +56,10 @@ def test_another_process_holds_it(tmp_path: Path) -> None:
 
 def opened_elsewhere(path: Path) -> str:
     """What another process that opens the folder is told."""
-    code = "import sys; from pathlib import Path; from mm_core.training.run_folder import RunFolder; RunFolder(Path(sys.argv[1])).open()"
+    code = (
+        "import sys; from pathlib import Path; from mm_core.training.run_folder import RunFolder; "
+        "RunFolder(Path(sys.argv[1])).open()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, path], capture_output=True, text=True, timeout=60, check=False
     )
