@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from mm_core.config.component import WITH_WEIGHTS, ComponentConfig
-from mm_core.config.document import Document, closest_path
-from mm_core.config.findings import Finding, Level, show
+from mm_core.config.document import Document, closest_path, expanded
+from mm_core.config.findings import Finding, Level, clip, show
 from mm_core.config.flags import TrainFlags
 from mm_core.config.fsdp2 import Fsdp2Config
+from mm_core.config.latents import check_size, latent_channels, read_hf_config
 from mm_core.config.origin import KeyPath, dotted
 from mm_core.config.section import SectionModel
 from mm_core.config.tools import ToolsConfig
 
-_MAX_HF_CONFIG_BYTES = 4 * 1024 * 1024
-
 
 def missing_path(document: Document, path: KeyPath, value: str, what: str, level: Level = "error") -> Finding:
     """Return the finding for a path in a file that names nothing."""
-    text = f'{dotted(path)} is "{value}": there is no such {what}'
-    if not Path(value).expanduser().is_absolute():
-        text += " (seen from the working directory)"
-    return Finding.at(
-        document.origin(path), level, "missing-path", text, path=path, suggestion=closest_path(value)
-    )
+    place = expanded(value)
+    text, mend = f'{dotted(path)} is "{value}": ', ""
+    if what == "folder" and place.is_file():
+        text += "this is a file, not a folder"
+        mend = f"Name the folder, {place.parent}" if place.parent.name else ""
+    elif what == "file" and place.is_dir():
+        text += "this is a folder, not a file"
+    elif place.exists() and what in ("file", "folder"):
+        text += f"this is no {what}"
+    else:
+        text += f"there is no such {what}"
+        if not place.is_absolute():
+            text += " (seen from the working directory)"
+        mend = closest_path(value)
+    return Finding.at(document.origin(path), level, "missing-path", text, path=path, suggestion=mend)
 
 
 def check_path(document: Document, path: KeyPath, what: str, level: Level = "error") -> Iterator[Finding]:
@@ -37,9 +43,14 @@ def check_path(document: Document, path: KeyPath, what: str, level: Level = "err
     value = document.value(path) if document.has(path) else None
     if not isinstance(value, str) or not value:
         return
-    place = Path(value).expanduser()
-    exists = {"file": place.is_file, "folder": place.is_dir}.get(what, place.exists)
-    if not exists():
+    place = expanded(value)
+    try:
+        exists = {"file": place.is_file, "folder": place.is_dir}.get(what, place.exists)()
+    except OSError as error:
+        text = f'{dotted(path)} is "{clip(value)}", which cannot be looked at: {error.strerror}'
+        yield Finding.at(document.origin(path), level, "missing-path", text, path=path)
+        return
+    if not exists:
         yield missing_path(document, path, value, what, level)
 
 
@@ -89,7 +100,7 @@ def check_channels(components: Mapping[str, ComponentConfig], document: Document
     if predictor is None:
         return
     if ae is not None:
-        latent = _number(ae, "z_dim", "latent_channels")
+        latent = latent_channels(ae) or _number(ae, "z_dim", "latent_channels")
         produced = predictor.fields.get("out_dim")
         if latent is not None and isinstance(produced, int) and produced != latent:
             path = (*predictor.path, "out_dim")
@@ -106,6 +117,35 @@ def check_channels(components: Mapping[str, ComponentConfig], document: Document
             yield Finding.at(
                 document.origin(path), "error", "channels", text, path=path, suggestion=f"Write {width}"
             )
+
+
+def check_clip_size(
+    components: Mapping[str, ComponentConfig], dataset: ComponentConfig, document: Document
+) -> Iterator[Finding]:
+    """The autoencoder must be able to encode the dataset's clips."""
+    ae, settings = components.get("ae"), dataset.fields.get("preprocess_parameters")
+    if ae is None or not isinstance(settings, Mapping):
+        return
+    # Without force_resolution sides vary, and are multiples of the stride.
+    fixed = settings.get("force_resolution", True)
+    keys = ("num_frames", *(("max_height", "max_width") if fixed else ("hw_stride", "hw_stride")))
+    places = {
+        axis: (*dataset.path, "preprocess_parameters", key)
+        for axis, key in zip(("frames", "height", "width"), keys, strict=True)
+    }
+    sizes = {axis: settings.get(path[-1]) for axis, path in places.items()}
+    yield from check_size(ae, document, places, sizes)
+
+
+def check_video_size(components: Mapping[str, ComponentConfig], document: Document) -> Iterator[Finding]:
+    """The autoencoder must have latents of the size of the video that is generated."""
+    ae, pipeline = components.get("ae"), components.get("pipeline")
+    size = pipeline.fields.get("input_size") if pipeline is not None else None
+    if ae is None or pipeline is None or not isinstance(size, list | tuple) or len(size) != 3:
+        return
+    axes = ("frames", "height", "width")
+    places = {axis: (*pipeline.path, "input_size", index) for index, axis in enumerate(axes)}
+    yield from check_size(ae, document, places, dict(zip(axes, size, strict=True)))
 
 
 def check_text(
@@ -143,24 +183,13 @@ def _number(component: ComponentConfig, *names: str) -> int | None:
     if isinstance(nested, Mapping):
         sources.append(nested)
     if component.init == "pretrained" and component.from_pretrained:
-        sources.append(_hf_config(Path(component.from_pretrained).expanduser()))
+        sources.append(read_hf_config(expanded(component.from_pretrained)))
     for source in sources:
         for name in names:
             value = source.get(name)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     return None
-
-
-def _hf_config(folder: Path) -> Mapping[str, Any]:
-    file = folder / "config.json"
-    try:
-        if file.stat().st_size > _MAX_HF_CONFIG_BYTES:
-            return {}
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}  # the loader opens it again and says what is wrong with it
-    return data if isinstance(data, dict) else {}
 
 
 def check_ranks(
@@ -190,7 +219,16 @@ def check_ranks(
 
 def check_load(flags: TrainFlags) -> Iterator[Finding]:
     """`--load` must exist."""
-    if flags.load is not None and not Path(flags.load).expanduser().exists():
-        yield flags.finding(
-            "load", "missing-path", f'"{flags.load}": there is no such folder', closest_path(flags.load)
-        )
+    if flags.load is None:
+        return
+    place, shown = expanded(flags.load), clip(flags.load)
+    try:
+        exists, is_file = place.exists(), place.is_file()
+    except OSError as error:
+        yield flags.finding("load", "missing-path", f'"{shown}" cannot be looked at: {error.strerror}')
+        return
+    if is_file:
+        yield flags.finding("load", "missing-path", f'"{shown}" is a file, not a folder')
+    elif not exists:
+        text = f'"{shown}": there is no such folder'
+        yield flags.finding("load", "missing-path", text, closest_path(flags.load))

@@ -102,7 +102,9 @@ class PreprocessParameters(SectionModel):
     ] = True
     speed_factor: Annotated[
         float,
-        Field(le=1000, description="Play videos this much faster, as far as enough frames are left; at least 1."),
+        Field(
+            le=1000, description="Play videos this much faster, as far as enough frames are left; at least 1."
+        ),
     ] = 1.0
     drop_short_ratio: Annotated[
         float, Field(ge=0, le=1, description="Share of videos shorter than num_frames that is left out.")

@@ -111,7 +111,7 @@ def read_document(path: str | Path) -> Document:
             holds no object at its top level. The finding names the place and how to mend it.
     """
     name = str(path)
-    file = Path(path).expanduser()
+    file = expanded(name)
     text = _read_text(name, file)
     # Imported here because a job of JSON files needs no YAML parser, which is slow to import.
     if file.suffix.lower() == ".json":
@@ -132,6 +132,8 @@ def _read_text(name: str, file: Path) -> str:
         if file.is_dir():
             raise syntax_error(name, "this is a folder, expected a file", suggestion=_files_inside(file))
         if not file.exists():
+            if file.is_symlink():
+                raise syntax_error(name, f"this is a symbolic link that leads nowhere, to {file.readlink()}")
             raise missing_file(name)
         if file.suffix.lower() not in EXTENSIONS:
             raise syntax_error(
@@ -139,6 +141,9 @@ def _read_text(name: str, file: Path) -> str:
                 f"unknown kind of file {show(file.suffix)}",
                 suggestion=f"Name a file that ends in {', '.join(EXTENSIONS)}",
             )
+        if not file.is_file():
+            # Opening a pipe would wait for a writer that may never come.
+            raise syntax_error(name, "this is no regular file (a pipe, socket or device), expected one")
         if file.stat().st_size > MAX_BYTES:
             raise syntax_error(
                 name, f"the file has {file.stat().st_size} bytes; a configuration has at most {MAX_BYTES}"
@@ -175,18 +180,27 @@ def missing_file(name: str) -> ConfigError:
     )
 
 
+def expanded(path: str) -> Path:
+    """Return a path with `~` filled in, or as it is if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def closest_path(name: str) -> str:
     """Return a sentence that helps with a path that does not exist: where it stops existing, and the closest
     name there.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     wanted, folder = path.name, path.parent
     while not folder.exists() and folder != folder.parent:
         wanted, folder = folder.name, folder.parent
     if not folder.is_dir():
-        return ""
+        return f"{folder} is a file, not a folder" if folder.is_file() else ""
     try:
-        near = closest(wanted, [entry.name for entry in folder.iterdir()])
+        # A symbolic link that leads nowhere is listed under the very name that does not exist.
+        near = closest(wanted, [entry.name for entry in folder.iterdir() if entry.name != wanted])
     except OSError:
         return ""
     if near is not None:

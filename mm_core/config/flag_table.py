@@ -158,7 +158,9 @@ class PrecisionFlags(SectionModel):
 class LaunchFlags(SectionModel):
     """Processes and devices"""
 
-    nproc_per_node: Annotated[int | None, _help("ranks to start on this machine; default: 1", ge=1, le=1024)] = None
+    nproc_per_node: Annotated[
+        int | None, _help("ranks to start on this machine; default: 1", ge=1, le=1024)
+    ] = None
     nnodes: Annotated[int | None, _help("machines of the job; default: 1", ge=1)] = None
     node_rank: Annotated[int | None, _help("number of this machine, from 0", ge=0)] = None
     master_addr: Annotated[str | None, _help("address of the first machine", min_length=1)] = None

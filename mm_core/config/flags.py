@@ -163,16 +163,11 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], list[Fi
         if not equals and kind is not bool:
             while rest and not _is_flag(rest[0]) and (kind is list or not texts):
                 texts.append(rest.pop(0))
-        if not texts and kind is not bool:
-            findings.append(
-                Finding(
-                    "error",
-                    "missing-value",
-                    "a value is missing",
-                    path=flag,
-                    suggestion=f"Write {flag} {_metavar(field)}",
-                )
-            )
+        empty = bool(texts) and not any(text.strip() for text in texts)
+        if empty or (not texts and kind is not bool):
+            what = "it needs a value, and the one given is empty" if empty else "a value is missing"
+            mend = f"Write {flag} or {flag}=false" if kind is bool else f"Write {flag} {_metavar(field)}"
+            findings.append(Finding("error", "missing-value", what, path=flag, suggestion=mend))
             continue
         if name in given:
             findings.append(

@@ -6,13 +6,23 @@ description.
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
 
 from mm_core.config.dtypes import DType
 from mm_core.config.keys import NoEffect, Only
+from mm_core.config.patterns import pattern_problem
 from mm_core.config.section import SectionModel
 
-Pattern = Annotated[str, Field(min_length=1, max_length=500)]
+
+def _well_formed(pattern: str) -> str:
+    problem = pattern_problem(pattern)
+    if problem is not None:
+        raise PydanticCustomError("invalid_value", "{why}", {"why": problem})
+    return pattern
+
+
+Pattern = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_well_formed)]
 _EXPERTS = "expert parallelism is not available yet"
 
 

@@ -241,6 +241,7 @@ def _cross_checks(draft: _Draft, *, to_run: bool) -> list[Finding]:
     findings = list(cross.check_folders(draft.components.values(), document, level))
     findings += cross.check_weights(draft.components, document, load=load, level=level)
     findings += cross.check_channels(draft.components, document)
+    findings += cross.check_video_size(draft.components, document)
     tokens = draft.model.tokenizer.model_max_length if draft.model else None
     place = ("tokenizer", "model_max_length")
     findings += cross.check_text(draft.components, document, tokens, document, place)

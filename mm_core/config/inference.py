@@ -97,11 +97,16 @@ class InferenceConfig(SectionModel):
     max_hxw: _Condition = None
 
     @model_validator(mode="after")
-    def _cleaning(self) -> Self:
+    def _check(self) -> Self:
         if self.use_prompt_preprocess and self.text_preprocess_methods:
             raise invalid(
                 "use_prompt_preprocess",
                 "text_preprocess_methods is given too, and says more; set it to false or leave it out",
+            )
+        if self.fps < self.frame_interval:
+            raise invalid(
+                "frame_interval",
+                f"must be at most fps ({self.fps}): the video has fps / frame_interval frames a second",
             )
         return self
 
@@ -113,4 +118,4 @@ class InferenceConfig(SectionModel):
     @property
     def save_fps(self) -> int:
         """Frames a second of the written video."""
-        return max(1, self.fps // self.frame_interval)
+        return self.fps // self.frame_interval

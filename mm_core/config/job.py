@@ -249,6 +249,8 @@ def _cross_checks(draft: _Draft, ranks: int, *, to_run: bool) -> list[Finding]:
         findings += cross.check_channels(models, model)
         place = ("dataset_param", "tokenizer_config", "model_max_length")
         dataset = draft.components.get("dataset")
+        if dataset is not None and data is not None:
+            findings += cross.check_clip_size(models, dataset, data)
         tokens = dataset.fields.get("tokenizer_config", {}).get("model_max_length") if dataset else None
         findings += cross.check_text(models, model, tokens, data or _EMPTY, place)
     if data is not None:

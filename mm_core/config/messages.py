@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from mm_core.config.document import Document
-from mm_core.config.findings import Finding, clip, did_you_mean, show
+from mm_core.config.findings import Finding, clip, closest, did_you_mean, show
 from mm_core.config.origin import KeyPath, dotted
 
 if TYPE_CHECKING:
@@ -142,10 +142,7 @@ def _describe(
         )
     wanted = first["loc"][-1] if first["loc"] else None
     if kinds == {"missing"} and isinstance(wanted, int):
-        text = (
-            f'"{key}" is {show(document.value(path))}: it needs more than {wanted} '
-            f"item{'s' if wanted != 1 else ''}"
-        )
+        text = f'"{key}" is {show(document.value(path))}: must have exactly {_items(details)}'
         return Finding.at(document.origin(path), "error", "out-of-range", text, path=path)
     if kinds == {"missing"}:
         owner = label if len(place) == 1 else _inside(label, place[:-1])
@@ -169,8 +166,14 @@ def _describe(
         ):
             shown = ""
         quoted = f'"{key}"{shown}: ' if place else f"{label}: "
-        return Finding.at(origin, "error", code, quoted + text, path=path)
-    expected = " or ".join(dict.fromkeys(_expected(detail) for detail in details))
+        mend = _closest_tag(special)
+        return Finding.at(origin, "error", code, quoted + text, path=path, suggestion=mend)
+    missing = [detail for detail in details if _is_missing_item(detail)]
+    expected = " or ".join(
+        dict.fromkeys(
+            f"a list of {_items(missing)}" if detail in missing else _expected(detail) for detail in details
+        )
+    )
     text = (
         f'"{key}" is {show(value)}, expected {expected}'
         if place
@@ -188,6 +191,28 @@ def _name(place: KeyPath) -> str:
 
 def _inside(label: str, place: KeyPath) -> str:
     return f"{clip(dotted(place))} of {label}" if place else label
+
+
+def _is_missing_item(detail: ErrorDetails) -> bool:
+    return detail["type"] == "missing" and bool(detail["loc"]) and isinstance(detail["loc"][-1], int)
+
+
+def _items(missing: Iterable[ErrorDetails]) -> str:
+    """Return how many values a list of fixed length has, from the indices that are missing: the last one's
+    is among them.
+    """
+    count = 1 + max(index for detail in missing if isinstance(index := detail["loc"][-1], int))
+    return f"{count} value{'s' if count != 1 else ''}"
+
+
+def _closest_tag(detail: ErrorDetails) -> str:
+    """Return which section of several a misspelt discriminator means, or nothing."""
+    if detail["type"] != "union_tag_invalid":
+        return ""
+    context = detail.get("ctx", {})
+    tags = [tag.strip(" '") for tag in str(context.get("expected_tags", "")).split(",")]
+    near = closest(str(context.get("tag", "")), tags)
+    return f'Did you mean "{near}"?' if near is not None else ""
 
 
 def _expected(detail: ErrorDetails) -> str:
@@ -209,6 +234,8 @@ def _special(detail: ErrorDetails) -> tuple[str, str]:
     if kind in _LENGTHS:
         name, words = _LENGTHS[kind]
         count = context[name]
+        if context.get("field_type") == "Tuple":
+            return "out-of-range", f"must have exactly {count} value{'s' if count != 1 else ''}"
         return "out-of-range", f"must have {words} {count} item{'s' if count != 1 else ''}"
     if kind == "finite_number":
         return "out-of-range", "must be a finite number"

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from mm_core.config.document import Document
-from mm_core.config.findings import Finding, has_errors, show
+from mm_core.config.findings import Finding, clip, has_errors, show
 from mm_core.config.keys import Legacy, NoEffect
 from mm_core.config.messages import describe_errors
 from mm_core.config.origin import KeyPath, dotted
@@ -53,6 +53,9 @@ class SectionModel(BaseModel):
 
     A component without parameters (a fixed transform) sets `has_weights = False`, so that nobody asks where
     its weights are.
+
+    An autoencoder's class may have `latent_channels` and `size_problem` (see `mm_core.config.latents`), so
+    that a job that does not fit it is refused before anything is built.
     """
 
     has_weights: ClassVar[bool] = True
@@ -129,7 +132,17 @@ def check_section(
         section = cls.model_validate(data)
     except ValidationError as error:
         findings += describe_errors(error, cls, data, document, path, label, also_known)
+    except Exception as error:  # noqa: BLE001 - a validator of a plugin may raise anything
+        text = f"{label} cannot be checked: {cls.__module__}.{cls.__qualname__} failed, {_told(error)}"
+        mend = "This is a defect of the config class rather than of the file; tell its distribution"
+        origin = document.key_origin(path)
+        findings.append(Finding.at(origin, "error", "broken-config", text, path=path, suggestion=mend))
     return Checked(None if has_errors(findings) else section, tuple(findings))
+
+
+def _told(error: Exception) -> str:
+    text = clip(" ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def legacy_keys(cls: type[BaseModel]) -> dict[str, str]:

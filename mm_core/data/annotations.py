@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,9 @@ _KNOWN = (
     "aes",
 )
 _SPACE = " \t\r\n"
+_LARGEST = (
+    2**31 - 1
+)  # frames, seconds or pixels; larger numbers are mistakes, and overflow what is made of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ def _read_text(path: Path, named_at: str) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except ValueError as error:  # a NUL in the name
+        raise DataError(f"{named_at}: {str(path)!r} is no name of a file: {error}") from error
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise DataError(f"{named_at}: {path} cannot be read: {reason}{_seen_from(path)}") from error
@@ -115,7 +119,7 @@ def _seen_from(path: str | Path) -> str:
 
 def _items(text: str, path: Path) -> Iterator[tuple[int, Any]]:
     """Yield (line, value) of each item of a JSON list or of JSON Lines."""
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
     at = _skip(text, 0)
     is_list = text[at : at + 1] == "["
     if is_list:
@@ -127,6 +131,12 @@ def _items(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             item, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise _json_error(path, text, error.pos, error.msg) from error
+        except _DuplicateKeyError as error:
+            raise DataError(f"{path}:{line}: {_show(error.key)} is written twice in one object") from error
+        except RecursionError as error:
+            raise DataError(f"{path}:{line}: brackets are nested too deeply for an annotation") from error
+        except ValueError as error:  # an integer of thousands of digits
+            raise DataError(f"{path}:{line}: a number cannot be read: {error}") from error
         yield line, item
         at = _skip(text, end)
         if not is_list:
@@ -147,6 +157,23 @@ def _items(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             raise _json_error(path, text, rest, "there is more after the end of the list")
 
 
+class _DuplicateKeyError(Exception):
+    """An object has a key twice, of which JSON readers silently keep the last."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise _DuplicateKeyError(key)
+        result[key] = value
+    return result
+
+
 def _skip(text: str, at: int) -> int:
     while at < len(text) and text[at] in _SPACE:
         at += 1
@@ -164,13 +191,19 @@ def _annotation(item: Any, origin: str, folder: Path) -> Annotation:
         raise DataError(f"{origin}: {_show(item)} is no annotation; expected an object with path and cap")
     _check_keys(item, origin)
     path = item.get("path")
-    if not isinstance(path, str) or not path:
+    if not isinstance(path, str) or not path or "\0" in path or not _is_text(path):
         raise DataError(f"{origin}: path is {_show(path)}, but must be the name of a video file")
     num_frames = _number(item, "num_frames", origin)
     fps = _number(item, "fps", origin)
     duration = _number(item, "duration", origin)
     if num_frames is None and fps is not None and duration is not None:
+        if fps * duration > _LARGEST:
+            raise DataError(
+                f"{origin}: fps {fps:g} and duration {duration:g} make more than {_LARGEST} frames"
+            )
         num_frames = max(1, round(fps * duration))
+    elif num_frames is not None and num_frames < 1:
+        raise DataError(f"{origin}: num_frames is {num_frames:g}, but must be at least 1")
     height, width = _resolution(item, origin)
     return Annotation(
         path=folder / path,
@@ -193,7 +226,7 @@ def _check_keys(item: Mapping[str, Any], origin: str) -> None:
         missing = [known for known in _KNOWN if known not in item]
         close = difflib.get_close_matches(key, missing, n=1, cutoff=0.75)
         if close:
-            raise DataError(f'{origin}: "{key}" is no key of an annotation; did you mean "{close[0]}"?')
+            raise DataError(f'{origin}: {_show(key)} is no key of an annotation; did you mean "{close[0]}"?')
     for key in ("path", "cap"):
         if key not in item:
             raise DataError(f'{origin}: the annotation has no "{key}"')
@@ -205,7 +238,7 @@ def _captions(item: Mapping[str, Any], origin: str) -> tuple[str, ...]:
     if (
         not isinstance(captions, list | tuple)
         or not captions
-        or not all(isinstance(c, str) for c in captions)
+        or not all(isinstance(c, str) and _is_text(c) for c in captions)
     ):
         raise DataError(f"{origin}: cap is {_show(value)}, but must be a caption or a list of captions")
     return tuple(captions)
@@ -215,17 +248,21 @@ def _number(item: Mapping[str, Any], key: str, origin: str) -> float | None:
     value = item.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        raise DataError(f"{origin}: {key} is {_show(value)}, but must be a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
+        raise DataError(
+            f"{origin}: {key} is {_show(value)}, but must be a positive number, at most {_LARGEST}"
+        )
     return float(value)
 
 
 def _integers(item: Mapping[str, Any], key: str, count: int, origin: str) -> list[int]:
     value = item[key]
     good = isinstance(value, list) and len(value) == count
-    if not good or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value):
+    if not good or not all(
+        isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= _LARGEST for v in value
+    ):
         raise DataError(
-            f"{origin}: {key} is {_show(value)}, but must be {count} integers that are not negative"
+            f"{origin}: {key} is {_show(value)}, but must be {count} integers from 0 to {_LARGEST}"
         )
     return list(value)
 
@@ -236,7 +273,9 @@ def _resolution(item: Mapping[str, Any], origin: str) -> tuple[int | None, int |
         return None, None
     if isinstance(value, Mapping):
         sides = [value.get("height"), value.get("width")]
-        if all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides):
+        if all(
+            isinstance(side, int) and not isinstance(side, bool) and 0 < side <= _LARGEST for side in sides
+        ):
             return sides[0], sides[1]
     raise DataError(
         f'{origin}: resolution is {_show(value)}, but must be {{"height": …, "width": …}} in pixels'
@@ -255,6 +294,17 @@ def _crop(item: Mapping[str, Any], origin: str) -> tuple[int, int, int, int] | N
     return left, right, top, bottom
 
 
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8, which a lone half of a surrogate pair (`\\ud800`) cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _show(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
+    if not text.isprintable() or not _is_text(text):
+        text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "…"

@@ -113,6 +113,11 @@ class T2VDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def tokenizer_size(self) -> int:
+        """Number of ids that captions can have; the text encoder must embed them all."""
+        return len(self._tokenizer)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.get(index, index)
 

@@ -196,8 +196,9 @@ def _opened(path: str | os.PathLike[str], *, threads: int) -> Iterator[tuple[Inp
     """Open a file and its first video stream; FFmpeg's errors inside become `UnreadableSampleError`s."""
     try:
         size = os.stat(path).st_size
-    except OSError as error:
-        raise UnreadableSampleError(path, (error.strerror or str(error)).lower()) from error
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UnreadableSampleError(path, reason.lower()) from error
     if size == 0:
         raise UnreadableSampleError(path, "the file is empty")
     try:

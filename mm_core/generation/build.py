@@ -14,6 +14,7 @@ from mm_core.models.factory import build_sora_model
 from mm_core.models.precision import cast_parameters
 from mm_core.models.pretrained import load_predictor_folder
 from mm_core.models.sora import EXPERTS
+from mm_core.models.text_encoders import check_vocabulary
 from mm_core.weights import is_hf_folder, load_module_weights, materialize, resolve_load
 from mm_registry.errors import UserError
 from mm_registry.manager import default_manager
@@ -41,11 +42,14 @@ def build_pipeline(
         The pipeline, and where the weights of each expert came from (an absolute path, or `random`).
 
     Raises:
-        UserError: weights are missing or do not fit.
+        UserError: weights are missing or do not fit, or the tokenizer has more ids than the text encoder.
     """
     pipeline = job.components["pipeline"]
     resident = torch.device("cpu") if pipeline.fields.get("cpu_offload") else device
+    tokenizer = _tokenizer(job)
     model = build_sora_model(job.components, device=resident, hooks=job.hooks)
+    if model.text_encoder is not None:
+        check_vocabulary(model.text_encoder, len(tokenizer))
     sources = {}
     for name in EXPERTS:
         if name in job.components:
@@ -53,7 +57,7 @@ def build_pipeline(
             sources[name] = _fill(getattr(model, name), name, job.components[name], resident, seed, given)
     model.eval()
     cls: Any = default_manager().load(pipeline.spec)
-    return cls(model, _tokenizer(job), device=device, **pipeline.fields), sources
+    return cls(model, tokenizer, device=device, **pipeline.fields), sources
 
 
 def _fill(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,50 +76,79 @@ def generate(
     accelerator = Accelerator.current()
     device = accelerator.device if device is None else torch.device(device)
     seed = _seed(job, seed)
-    pipeline, sources = build_pipeline(job, device=device, seed=seed, load=load)
-    fps = job.model.save_fps
-    record = {
-        "negative_prompt": negative_prompt,
-        "seed": seed,
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "fps": fps,
-        "weights": sources,
-        "device": str(device),
-        "versions": _versions(job),
-        "config": job.resolved()["values"],
-    }
-    targets = _targets(Path(save_path or job.model.save_path).expanduser(), texts)
-    written: list[Path] = []
-    batches = range(0, len(texts), batch_size)
-    for number, start in enumerate(batches):
-        batch = texts[start : start + batch_size]
-        indices = list(range(start, start + len(batch)))
-        videos = pipeline(
-            batch,
-            seed=seed,
-            indices=indices,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            progress=_within(progress, number, len(batches)),
-        )  # [B, 3, T, H, W] in [-1, 1]
-        for index, text, video in zip(indices, batch, videos, strict=True):
-            frames = to_frames(video)
-            path = write_video(targets[index], frames, fps)
-            _write_record(
-                path,
-                {
-                    "video": path.name,
-                    "prompt": text,
-                    "index": index,
-                    "size": list(frames.shape[:3]),
-                    **record,
-                },
-            )
-            logger.info("wrote %s", path)
-            written.append(path)
+    save_path = Path(save_path or job.model.save_path).expanduser()
+    targets = _targets(save_path, texts)
+    with _folder_of_videos(targets[0].parent, save_path):  # hours of sampling end there: it comes first
+        pipeline, sources = build_pipeline(job, device=device, seed=seed, load=load)
+        record = {
+            "negative_prompt": negative_prompt,
+            "seed": seed,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "fps": job.model.save_fps,
+            "weights": sources,
+            "device": str(device),
+            "versions": _versions(job),
+            "config": job.resolved()["values"],
+        }
+        written: list[Path] = []
+        batches = range(0, len(texts), batch_size)
+        for number, start in enumerate(batches):
+            batch = texts[start : start + batch_size]
+            indices = list(range(start, start + len(batch)))
+            videos = pipeline(
+                batch,
+                seed=seed,
+                indices=indices,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                progress=_within(progress, number, len(batches)),
+            )  # [B, 3, T, H, W] in [-1, 1]
+            for index, text, video in zip(indices, batch, videos, strict=True):
+                written.append(_write(targets[index], video, {"prompt": text, "index": index, **record}))
     return written
+
+
+@contextmanager
+def _folder_of_videos(folder: Path, save_path: Path) -> Iterator[None]:
+    """Make the folder and try to write into it; if what follows fails and leaves it empty, what was made of
+    it is removed again.
+
+    Raises:
+        UserError: it is a file, or cannot be made or written.
+    """
+    made: list[Path] = []
+    try:
+        try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except FileExistsError as error:
+            raise UserError(
+                f"save_path {save_path}: {folder} is a file; give a folder, or a name ending in .mp4"
+            ) from error
+        except (OSError, ValueError) as error:  # ValueError: a name with NUL
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(
+                f"save_path {save_path}: videos cannot be written there: {reason.lower()}"
+            ) from error
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError, ValueError):  # something is in it, or it was never made
+                path.rmdir()
+        raise
+
+
+def _write(path: Path, video: torch.Tensor, record: dict[str, Any]) -> Path:
+    """Write a video `[3, T, H, W]` in [-1, 1] and its record; return the path that it got."""
+    frames = to_frames(video)
+    path = write_video(path, frames, record["fps"])
+    _write_record(path, {"video": path.name, "size": list(frames.shape[:3]), **record})
+    logger.info("wrote %s", path)
+    return path
 
 
 def _seed(job: GenerationJob, seed: int | None) -> int:

@@ -141,6 +141,35 @@ class TransformersTextEncoder(nn.Module):
         return self.encode(input_ids, attention_mask)
 
 
+def check_vocabulary(text_encoder: nn.Module, tokenizer_size: int, *, tokenizer: str = "tokenizer") -> None:
+    """Refuse a tokenizer with ids that a text encoder has no embedding for.
+
+    Args:
+        text_encoder: one that was built, or a `nn.ModuleList` of them. Those whose embeddings cannot be found
+            (a plugin's own) are passed over.
+        tokenizer_size: number of ids, `len()` of a `PromptTokenizer`.
+        tokenizer: the section that names the tokenizer, for the message.
+
+    Raises:
+        UserError: an encoder has fewer embeddings.
+    """
+    several = isinstance(text_encoder, nn.ModuleList)
+    for number, encoder in enumerate(
+        text_encoder if isinstance(text_encoder, nn.ModuleList) else [text_encoder]
+    ):
+        model = getattr(encoder, "model", None)
+        table = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+        size = getattr(table, "num_embeddings", None)
+        if isinstance(size, int) and size < tokenizer_size:
+            section = f"text_encoder.{number}" if several else "text_encoder"
+            raise UserError(
+                f"{section}: its vocabulary has {size} entries (config.vocab_size of the section or of its "
+                f"from_pretrained), but the tokenizer of {tokenizer}.from_pretrained has {tokenizer_size} ids; "
+                "give the tokenizer that belongs to the text encoder, or a vocab_size of at least "
+                f"{tokenizer_size}"
+            )
+
+
 class T5(TransformersTextEncoder):
     """The encoder of T5 (Raffel et al., 2020)."""
 

@@ -64,6 +64,8 @@ def _train_rank(job: TrainingJob, dataset: Any, children: LocalRanks | None) -> 
             log.warning("without --save nothing is kept of this run: no checkpoints, no metrics.jsonl")
         for finding in job.findings:
             log.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s", finding)
+        if job.flags.use_deter_comp:
+            accelerator.deterministic()
         accelerator.seed_all(job.flags.seed + rank)
         with StopSignal(children.terminate if children else None) as stop:
             stopped = Trainer(job, accelerator, run, dataset).train(lambda: stop.requested)

@@ -33,7 +33,9 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.requested and now - self._since > _PATIENCE:  # whoever asks again does not want to wait for the step
+        if (
+            self.requested and now - self._since > _PATIENCE
+        ):  # whoever asks again does not want to wait for the step
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
         if not self.requested:

@@ -20,6 +20,7 @@ from mm_core.config import TrainingJob
 from mm_core.data import build_loader
 from mm_core.models.factory import build_sora_model
 from mm_core.models.pretrained import load_predictor_folder
+from mm_core.models.text_encoders import check_vocabulary
 from mm_core.observe.callback import Callback, RunContext, StepRecord
 from mm_core.observe.console import ConsoleProgress, human_count
 from mm_core.observe.metrics import MetricsFile, TensorBoard
@@ -75,6 +76,9 @@ class Trainer:
         self.accumulation = flags.accumulation_steps(self.world_size)
 
         self.model = build_sora_model(job.components, device=self.device, hooks=job.hooks)
+        tokenizer_size = getattr(dataset, "tokenizer_size", None)
+        if tokenizer_size is not None and self.model.text_encoder is not None:
+            check_vocabulary(self.model.text_encoder, tokenizer_size, tokenizer="tokenizer_config")
         self.model.fully_shard(None, job.fsdp2)
         self._load_initial_weights()
         self.model.train()
@@ -181,6 +185,9 @@ class Trainer:
             callbacks.append(TensorBoard(Path(board)))
         if self.job.tools.profile.enable:
             callbacks.append(StaticProfile(self.job.tools))
+        for spec in self.job.callbacks:
+            callback: Any = default_manager().load(spec)
+            callbacks.append(callback())
         return callbacks
 
     def _resolved(self) -> dict[str, Any]:

@@ -18,10 +18,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from mm_core.accelerator import Accelerator
@@ -31,11 +33,11 @@ from mm_core.weights.agreement import rank, ranks_agree, world_size
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.metadata import SafeReader, read_metadata
 from mm_core.weights.optimizer_state import PREFIX, NamedOptimizer
+from mm_core.weights.state_file import FORMAT, STATE, fault_of_state, read_state
 from mm_core.weights.tensors import compare_keys, shortened, state_tensors
+from mm_registry.errors import UserError
 
 log = logging.getLogger(__name__)
-
-STATE = "state.json"
 
 
 def save_checkpoint(
@@ -56,7 +58,7 @@ def save_checkpoint(
         modules: name -> module; tensors are stored as `<name>.<key>`, keys as in an unwrapped module's
             `state_dict()`.
         optimizer: over parameters of these modules; `None` leaves it out.
-        state: whatever else must come back, JSON-able.
+        state: `step`, `consumed_samples` and `seed`, and whatever else must come back, JSON-able.
         with_rng: store the states of each rank's generators.
 
     Raises:
@@ -68,9 +70,11 @@ def save_checkpoint(
     temporary = checkpoints / f"{layout.TEMPORARY}{final.name}"
     what = f"writing {final}"
     with ranks_agree(what):
+        if fault := fault_of_state(state):
+            raise ValueError(fault)
         named = None if optimizer is None else NamedOptimizer(optimizer, modules)
         content = {
-            "format": 1,
+            "format": FORMAT,
             "iteration": iteration,
             "world_size": world_size(),
             "torch": torch.__version__,
@@ -92,9 +96,12 @@ def save_checkpoint(
             _write_rng(temporary / _rng_name(rank()))
         if rank() == 0:
             layout.write_text(temporary / STATE, text)
+        # Each rank reads what it wrote, all at once; rank 0 alone would take as long as all of them together.
+        own = {file.name: layout.checksum(file) for file in sorted(temporary.glob(f"__{rank()}_*.distcp"))}
+    checksums = _gathered(own)
     with ranks_agree(what):
         if rank() == 0:
-            layout.write_marker(temporary, iteration)
+            layout.write_marker(temporary, iteration, checksums)
             layout.publish(temporary, final)
     return final
 
@@ -127,7 +134,8 @@ def load_checkpoint(
     checkpoint = Path(checkpoint)
     what = f"reading {checkpoint}"
     with ranks_agree(what):
-        layout.verify(checkpoint)
+        layout.verify_contents(checkpoint, rank(), world_size())
+    with ranks_agree(what):
         content = read_state(checkpoint)
         stored = _stored_shapes(checkpoint)
         tensors = _module_tensors(modules)
@@ -144,7 +152,7 @@ def load_checkpoint(
             for change in named.restore_settings(content["optimizer"]):
                 log.warning("the optimizer goes on with another setting than the checkpoint's: %s", change)
     with ranks_agree(what):
-        dcp.load({name: t.detach() for name, t in tensors.items()}, storage_reader=SafeReader(checkpoint))
+        _read_tensors(tensors, checkpoint)
     with ranks_agree(what):
         if with_rng:
             _read_rng(checkpoint, content)
@@ -168,34 +176,47 @@ def load_module_weights(module: nn.Module, checkpoint: Path, prefix: str = "pred
     if any(isinstance(p, DTensor) for p in module.parameters()):
         raise RuntimeError("the module is sharded; use load_checkpoint on all ranks")
     with ranks_agree(f"reading {checkpoint}", alone=True):
-        layout.verify(checkpoint)
+        layout.verify_contents(checkpoint)
         tensors = _module_tensors({prefix: module})
         _check_modules(tensors, _stored_shapes(checkpoint), {prefix: module}, checkpoint)
         with warnings.catch_warnings():
             # It tells that there is no process group, which is what is meant here.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(
-                {name: t.detach() for name, t in tensors.items()},
-                storage_reader=SafeReader(checkpoint),
-                no_dist=True,
-            )
+            _read_tensors(tensors, checkpoint, no_dist=True)
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The content of a checkpoint's `state.json`.
+def _read_tensors(tensors: Mapping[str, torch.Tensor], checkpoint: Path, *, no_dist: bool = False) -> None:
+    """Fill tensors from the checkpoint.
 
     Raises:
-        WeightsError: it is missing, or was written by a newer version.
+        WeightsError: the files hold no such tensors.
+        CheckpointException: they cannot be read: of torch, with the errors of all ranks.
     """
-    file = checkpoint / STATE
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        known = content["format"] == 1 and {"optimizer", "state", "iteration", "world_size"} <= content.keys()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{file} cannot be read: {error}.") from error
-    if not known:
-        raise WeightsError(f"{file} has format {content['format']!r}; this version reads format 1.")
-    return content
+        dcp.load(
+            {name: tensor.detach() for name, tensor in tensors.items()},
+            storage_reader=SafeReader(checkpoint),
+            no_dist=no_dist,
+        )
+    except CheckpointException as error:
+        reasons = [failure for failure, _ in error.failures.values()]
+        # Of the disk and of memory; everything else that reading can raise comes from what the files hold.
+        if any(isinstance(reason, OSError | MemoryError | torch.OutOfMemoryError) for reason in reasons):
+            raise
+        said = next((str(r) for r in reasons if isinstance(r, UserError)), None)
+        if said is None:
+            text = " ".join(f"{type(reasons[0]).__name__}: {reasons[0]}".split())
+            said = f"{checkpoint} is damaged: its tensors cannot be read ({text[:300]}).{layout.older(checkpoint)}"
+        raise WeightsError(said) from error
+
+
+def _gathered(mine: Mapping[str, str]) -> dict[str, str]:
+    """The entries of all ranks."""
+    everyones: list[Any] = [mine]
+    if world_size() > 1:
+        everyones = [None] * world_size()
+        dist.all_gather_object(everyones, mine)
+    return {name: value for entries in everyones for name, value in entries.items()}
 
 
 def _module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
@@ -256,10 +277,12 @@ def _read_rng(checkpoint: Path, content: Mapping[str, Any]) -> None:
     if file.is_file():
         try:
             accelerator.set_rng_state(safetensors.torch.load_file(file))
-        except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+        except (
+            SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError
+        ) as error:  # fmt: skip
             raise WeightsError(f"{file} cannot be used ({error}); resume with --no-load-rng.") from error
         return
-    seed = int(content["state"].get("seed", 0))
+    seed: int = content["state"]["seed"]
     accelerator.seed_all(keyed_seed(seed, "resumed generators", content["iteration"], rank()))
     log.warning(
         "%s has no generator states for rank %d (it was written by %d ranks); "

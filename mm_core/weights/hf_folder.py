@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -20,7 +19,6 @@ from mm_core.weights.tensors import compare_keys, local_part, shortened, state_t
 
 log = logging.getLogger(__name__)
 
-KeyAdapter = Callable[[str], str | None]
 _SINGLE = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _INDEX = ".safetensors.index.json"
 
@@ -34,14 +32,13 @@ def is_hf_folder(path: Path) -> bool:
     )
 
 
-def load_hf_folder(module: nn.Module, folder: Path, key_adapter: KeyAdapter | None = None) -> None:
+def load_hf_folder(module: nn.Module, folder: Path) -> None:
     """Copy all weights of a folder into a module, in place; dtypes are converted on the way.
 
     Args:
         module: materialised (not on meta); sharded parameters take their slices. Ranks that share a mesh
             call this together.
         folder: holds `*.safetensors`: one file, or several with an index.
-        key_adapter: name in the file -> name in the module; `None` for a name that is left out on purpose.
 
     Raises:
         WeightsError: no such folder or file, unsafe paths in the index, or keys that are missing, unexpected
@@ -54,7 +51,7 @@ def load_hf_folder(module: nn.Module, folder: Path, key_adapter: KeyAdapter | No
     with ranks_agree(f"loading {folder}", alone=not sharded):
         files = weight_files(folder)
         with torch.no_grad():
-            _load(targets, folder, files, key_adapter or (lambda key: key))
+            _load(targets, folder, files)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -105,32 +102,28 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _load(targets: dict[str, torch.Tensor], folder: Path, files: list[Path], adapt: KeyAdapter) -> None:
-    where: dict[str, tuple[Path, str]] = {}  # name in the module -> file and name in it
+def _load(targets: dict[str, torch.Tensor], folder: Path, files: list[Path]) -> None:
+    where: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with _open(file) as source:
-            for key in source.keys():  # noqa: SIM118 - it is no dict and cannot be iterated
-                name = adapt(key)
-                if name is None:
-                    continue
+            for name in source.keys():  # noqa: SIM118 - it is no dict and cannot be iterated
                 if name in where:
-                    raise WeightsError(f"{folder}: {name} is in {where[name][0].name} and in {file.name}.")
-                where[name] = (file, key)
-                shapes[name] = tuple(source.get_slice(key).get_shape())
+                    raise WeightsError(f"{folder}: {name} is in {where[name].name} and in {file.name}.")
+                where[name] = file
+                shapes[name] = tuple(source.get_slice(name).get_shape())
     _check(targets, shapes, folder)
     read = 0
     for file in files:
         with _open(file) as source:
-            for name in (n for n, (owner, _) in where.items() if owner == file):
+            for name in (n for n, owner in where.items() if owner == file):
                 storage, slices = local_part(targets[name])
                 if storage.is_meta:
                     raise RuntimeError(f"{name} is on the meta device; call materialize() first.")
                 if storage.numel() == 0:
                     continue  # an uneven shard: this rank has no row of it
-                key = where[name][1]
                 whole = not slices or tuple(s.stop - s.start for s in slices) == shapes[name]
-                value = source.get_tensor(key) if whole else source.get_slice(key)[slices]
+                value = source.get_tensor(name) if whole else source.get_slice(name)[slices]
                 storage.copy_(value)
                 read += value.numel() * value.element_size()
     log.info("read %.1f MB of %s", read / 1e6, folder)

@@ -4,8 +4,9 @@
     <run>/checkpoints/latest           the name of the newest one, for people and scripts
     <run>/checkpoints/.tmp-iter_…      being written, or left behind by a crash
 
-A checkpoint is complete when it has `.complete`, a JSON list of its files with their sizes and checksums. The folder gets its final name after that, by one rename: a folder named `iter_…` without
-marker was not written by us to its end.
+A checkpoint is complete when it has `.complete`, a JSON list of its files with their sizes and checksums. The
+folder gets its final name after that, by one rename: a folder named `iter_…` without marker was not written
+by us to its end.
 """
 
 from __future__ import annotations

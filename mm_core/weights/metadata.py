@@ -7,15 +7,19 @@ tensors may be named.
 from __future__ import annotations
 
 import io
+import math
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from mm_core.weights.errors import WeightsError
+from mm_core.weights.layout import older
 
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _ALLOWED = {
@@ -69,30 +73,75 @@ def read_metadata(folder: Path) -> Metadata:
     """
     file = folder / ".metadata"
     try:
-        if file.stat().st_size > _SIZE_LIMIT:
-            raise WeightsError(f"{file} is {file.stat().st_size} bytes long; refused.")
-        metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
+        size = file.stat().st_size
+        if size > _SIZE_LIMIT:
+            raise WeightsError(f"{file} is {size} bytes long; refused.")
+        data = file.read_bytes()
     except FileNotFoundError:
         raise WeightsError(f"{folder} has no .metadata; it is no distributed checkpoint.") from None
-    # A malformed pickle can raise almost anything out of the unpickler's opcodes.
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        TypeError,
-        ValueError,
-        MemoryError,
-    ) as error:
-        raise WeightsError(f"{file} is refused: {error}.") from error
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read: {error}.") from error
+    try:
+        metadata = _Unpickler(io.BytesIO(data)).load()
+        fault = _fault(metadata, folder)
+    # A malformed pickle can raise anything out of the unpickler, and can make objects that lack attributes or
+    # hold anything in them.
+    except Exception as error:
+        raise WeightsError(f"{file} is refused: {error}.{older(folder)}") from error
+    if fault is not None:
+        raise WeightsError(f"{file} is refused: {fault}.{older(folder)}")
+    result: Metadata = metadata
+    return result
+
+
+def _fault(metadata: Any, folder: Path) -> str | None:
+    """What makes the metadata unusable, or `None`."""
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
-        raise WeightsError(f"{file} is refused: it does not describe a checkpoint.")
-    for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
-            raise WeightsError(f"{file} is refused: {name!r} is no tensor.")
-    for info in (metadata.storage_data or {}).values():
+        return "it does not describe a checkpoint"
+    if not isinstance(metadata.storage_data, dict):
+        return "it does not say where the tensors are"
+    if not (metadata.storage_meta is None or isinstance(metadata.storage_meta, StorageMeta)):
+        return "its storage_meta is of another kind"
+    lengths: dict[str, int] = {}
+    for index, info in metadata.storage_data.items():
+        if not isinstance(index, MetadataIndex) or not isinstance(info, _StorageInfo):
+            return f"{index!r} is no place of a tensor"
         relative = info.relative_path
         if not isinstance(relative, str) or Path(relative).name != relative:
-            raise WeightsError(f"{file} is refused: it points outside its folder, to {relative!r}.")
-    return metadata
+            return f"it points outside its folder, to {relative!r}"
+        if relative not in lengths:
+            path = folder / relative
+            if not path.is_file():
+                return f"its file {relative!r} is missing"
+            lengths[relative] = path.stat().st_size
+        if not 0 <= info.offset <= info.offset + info.length <= lengths[relative]:
+            return f"{index.fqn} lies outside {relative}, at {info.offset} with {info.length} bytes"
+        if info.transform_descriptors:
+            return f"{index.fqn} is stored in another form, {list(info.transform_descriptors)}"
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
+            return f"{name!r} is no tensor"
+        if not isinstance(entry.properties.dtype, torch.dtype):
+            return f"{name} has no dtype"
+        if not _covered(name, entry, metadata.storage_data):
+            return f"the parts of {name} do not make a tensor of shape {list(entry.size)}"
+    return None
+
+
+def _covered(name: str, entry: TensorStorageMetadata, stored: Mapping[MetadataIndex, Any]) -> bool:
+    """Whether the parts lie inside the tensor, are stored, differ, and have its number of elements together."""
+    found = 0
+    places = set()
+    for chunk in entry.chunks:
+        sides = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+        if not all(0 <= offset <= offset + size <= whole for offset, size, whole in sides):
+            return False
+        numel = math.prod(chunk.sizes)
+        if numel == 0:  # of a rank that holds nothing of a small tensor
+            continue
+        offsets = tuple(chunk.offsets)
+        if offsets in places or MetadataIndex(name, chunk.offsets) not in stored:
+            return False
+        places.add(offsets)
+        found += numel
+    return found == math.prod(entry.size)

@@ -35,6 +35,7 @@ def demo(save: str, *flags: str) -> tuple[dict[str, Any], str]:
     return json.loads((ROOT / save / "summary.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_demo_makes_what_it_names_and_moves_an_older_run_aside(save: str) -> None:
     (ROOT / save).mkdir(parents=True)

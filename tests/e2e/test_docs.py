@@ -140,6 +140,19 @@ def test_the_four_kinds_of_keys_and_the_hook_of_the_page(plugins: Plugins, tmp_p
     assert "1 error, 1 warning, 1 note" in out
 
 
+def test_the_callback_of_the_page_is_found(plugins: Plugins, tmp_path: Path) -> None:
+    path = minidit_model(tmp_path / "model.json")
+    model = json.loads(path.read_text())
+    for name, code in {"smallest_loss": 0, "smalest_loss": 2}.items():
+        path.write_text(json.dumps(model | {"callbacks": [name]}), encoding="utf-8")
+        result = plugins.mm("check", path)
+        assert result.code == code, result.out
+    assert (
+        "no installed distribution offers the callback 'smalest_loss'. Did you mean 'smallest_loss'"
+        in result.out
+    )
+
+
 def test_the_test_of_the_page_passes(plugins: Plugins) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"],
@@ -154,12 +167,15 @@ def test_the_test_of_the_page_passes(plugins: Plugins) -> None:
 def test_the_predictor_of_the_page_trains_on_two_ranks(plugins: Plugins, tmp_path: Path) -> None:
     model = str(minidit_model(tmp_path / "model.json"))
     flags = ["--mm-model", model, "--mm-data", str(TINY / "data.json"), "--num-workers", "0"]
+    data = json.loads(Path(model).read_text())
+    Path(model).write_text(json.dumps(data | {"callbacks": ["smallest_loss"]}), encoding="utf-8")
     run = tmp_path / "run"
     result = plugins.mm(
         "train", *flags, "--lr", "1e-3", "--train-iters", "2", "--nproc-per-node", "2", "--save", run
     )
     assert result.code == 0, result.err
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    assert re.search(r"smallest loss \d+\.\d{4} at step [12]", (run / "logs/rank-00000.log").read_text())
     (overwrite,) = json.loads((run / "config.json").read_text())["overwrites"]
     assert (overwrite["path"], overwrite["new"]) == ("predictor.ffn_dim", 128)
     (tmp_path / "fsdp2.yaml").write_text("sub_modules_to_wrap:\n  - predictor.block.{*}\n")
@@ -167,7 +183,7 @@ def test_the_predictor_of_the_page_trains_on_two_ranks(plugins: Plugins, tmp_pat
         "train", *flags, "--fsdp2-config-path", tmp_path / "fsdp2.yaml", "--lr", "1e-3", "--train-iters", "1"
     )
     assert result.code == 2
-    assert result.err.strip() in PLUGIN_PAGE.read_text(encoding="utf-8")
+    assert result.err.strip().replace(f"{tmp_path}/", "") in PLUGIN_PAGE.read_text(encoding="utf-8")
 
 
 # -- files and findings

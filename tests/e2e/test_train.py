@@ -67,6 +67,7 @@ def test_a_run_leaves_metrics_config_logs_and_checkpoints(ten_steps: Path) -> No
     assert not list(ten_steps.rglob(".tmp-*"))
 
 
+@pytest.mark.slow
 def test_the_seed_fixes_everything_and_another_seed_changes_it(ten_steps: Path, tmp_path: Path) -> None:
     assert train(Job(), tmp_path / "again", steps=3).code == 0
     assert losses(tmp_path / "again") == losses(ten_steps)[:3]
@@ -74,7 +75,7 @@ def test_the_seed_fixes_everything_and_another_seed_changes_it(ten_steps: Path, 
     assert losses(tmp_path / "other") != losses(ten_steps)[:3]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resume_is_bit_equal(ten_steps: Path, tmp_path: Path, ranks: int) -> None:
     flags = ["--nproc-per-node", str(ranks)]
     batch = (2 // ranks, 4)
@@ -93,6 +94,7 @@ def test_resume_is_bit_equal(ten_steps: Path, tmp_path: Path, ranks: int) -> Non
     assert tensors(parts, 10) == tensors(whole, 10)
 
 
+@pytest.mark.slow
 def test_flags_decide_on_resume_and_the_seed_may_not_change(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(Job(), run, steps=2).code == 0
@@ -164,6 +166,7 @@ def test_sigterm_saves_once_and_the_run_goes_on(tmp_path: Path) -> None:
     assert metrics(run)[-1]["step"] == step + 1
 
 
+@pytest.mark.slow
 def test_a_dead_rank_takes_the_job_down(tmp_path: Path) -> None:
     with started(
         tmp_path / "run", "--micro-batch-size", "1", "--global-batch-size", "2", "--nproc-per-node", "2"
@@ -175,6 +178,7 @@ def test_a_dead_rank_takes_the_job_down(tmp_path: Path) -> None:
     assert "rank 1" in err
 
 
+@pytest.mark.slow
 def test_children_die_with_their_parent(tmp_path: Path) -> None:
     with started(
         tmp_path / "run", "--micro-batch-size", "1", "--global-batch-size", "2", "--nproc-per-node", "2"
@@ -188,6 +192,7 @@ def test_children_die_with_their_parent(tmp_path: Path) -> None:
         assert not Path(f"/proc/{child}").exists()
 
 
+@pytest.mark.slow
 def test_the_static_profile_writes_a_trace(tmp_path: Path) -> None:
     tools = tmp_path / "tools.json"
     tools.write_text(json.dumps({"profile": {
@@ -201,6 +206,7 @@ def test_the_static_profile_writes_a_trace(tmp_path: Path) -> None:
     assert any("addmm" in name for name in names)
 
 
+@pytest.mark.slow
 def test_mixed_precision_recompute_and_accumulation_from_the_yaml(ten_steps: Path, tmp_path: Path) -> None:
     fsdp2 = tmp_path / "fsdp2.yaml"
     fsdp2.write_text(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_weights_come_from_a_run_a_folder_or_not_at_all(write_file: Any, tmp_pat
     torch.manual_seed(9)
     trained = WanDiT(**TINY_WAN)
     run = tmp_path / "run"
-    save_checkpoint(run, 7, {"predictor": trained}, None, {})
+    save_checkpoint(run, 7, {"predictor": trained}, None, {"step": 7, "consumed_samples": 7, "seed": 0})
     trained.save_pretrained(tmp_path / "folder")
     path = write_file(predictor={"init": "pretrained"})
 
@@ -139,6 +140,54 @@ def test_weights_come_from_a_run_a_folder_or_not_at_all(write_file: Any, tmp_pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no complete checkpoint"):
         weights(load=str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("name", ["file", "file/x", "file/x.mp4", "a\0b", "n" * 300])
+def test_a_folder_that_cannot_be_written_is_refused_first(
+    job: GenerationJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "file").write_text("kept")
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("built before the folder was tried")
+
+    monkeypatch.setattr(importlib.import_module("mm_core.generation.generate"), "build_pipeline", build)
+    with pytest.raises(UserError, match=r"^save_path .*(is a file|cannot be written there)"):
+        generate(job, save_path=tmp_path / name)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_nothing_is_left_where_the_model_cannot_be_built(job: GenerationJob, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    for name in ("new", "new/er/x.mp4"):
+        with pytest.raises(UserError, match="no such folder"):
+            generate(job, load=tmp_path / "none", save_path=tmp_path / name)
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="no such folder"):
+        generate(job, load=tmp_path / "none", save_path=tmp_path / "there")
+    assert (tmp_path / "there").is_dir()
+    assert not list((tmp_path / "there").iterdir())
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(write_file: Any) -> None:
+    path = write_file(text_encoder={"config": {**TINY_T5, "vocab_size": 10}})
+    with pytest.raises(
+        UserError, match=r"text_encoder: its vocabulary has 10 entries \(config.vocab_size"
+    ) as caught:
+        build_pipeline(load_generation_job(path), device=torch.device("cpu"), seed=0)
+    assert "the tokenizer of tokenizer.from_pretrained has" in str(caught.value)
+
+
+def test_prompts_are_cleaned_as_the_file_says(write_file: Any) -> None:
+    def ids(**keys: Any) -> list[int]:
+        loaded = load_generation_job(write_file(**keys))
+        pipeline, _ = build_pipeline(loaded, device=torch.device("cpu"), seed=0)
+        return pipeline.tokenizer("A  &amp; B")[0].tolist()
+
+    plain, cleaned = ids(), ids(use_prompt_preprocess=True)
+    steps = [{"method": "basic_clean"}, {"method": "whitespace_clean"}]
+    assert ids(text_preprocess_methods=steps) == cleaned != plain
 
 
 def test_random_weights_are_those_that_training_starts_from(job: GenerationJob) -> None:

@@ -157,3 +157,15 @@ def test_config_fields_are_transformers_fields() -> None:
 def test_config_refuses(config: dict[str, Any], word: str) -> None:
     with pytest.raises(ValidationError, match=word):
         text_encoder_config.T5Config.model_validate(config)
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused() -> None:
+    small = text_encoders.UMT5(config={**TINY_T5, "vocab_size": 40})
+    clip = text_encoders.CLIP(config=TINY_CLIP)
+    text_encoders.check_vocabulary(small, 40)
+    text_encoders.check_vocabulary(torch.nn.Linear(1, 1), 10**6)  # a plugin's own encoder
+    said = r"^text_encoder: its vocabulary has 40 .* tokenizer_config\.from_pretrained has 41 ids"
+    with pytest.raises(UserError, match=said):
+        text_encoders.check_vocabulary(small, 41, tokenizer="tokenizer_config")
+    with pytest.raises(UserError, match=r"^text_encoder\.1: its vocabulary has 40 "):
+        text_encoders.check_vocabulary(torch.nn.ModuleList([clip, small]), 64)

@@ -244,6 +244,25 @@ class WanVideoVAEConfig(SectionModel):
                 raise invalid(name, f"{name} has {len(values)} entries for z_dim {self.z_dim}")
         return self
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents; left out they are upstream's, Wan2.1's."""
+        return 16 if self.z_dim is None else self.z_dim
+
+    def size_problem(self, frames: int, height: int, width: int) -> str | None:
+        """Return why a video of these sizes cannot be encoded, or None."""
+        if (frames - 1) % 4:
+            near = 1 + (frames - 1) // 4 * 4
+            return f"frames must be 4k + 1; nearest are {near} and {near + 4}"
+        stages = 4 if self.dim_mult is None else len(self.dim_mult)
+        factor = 2 ** (stages - 1) * (self.patch_size or 1)
+        for side, size in (("height", height), ("width", width)):
+            if size % factor:
+                near = size // factor * factor
+                choices = f"nearest are {near} and {near + factor}" if near else f"at least {factor}"
+                return f"{side} must be a multiple of {factor}; {choices}"
+        return None
+
 
 class WanPipelineConfig(SectionModel):
     """`pipeline_config` with `pipeline_class: WanPipeline`."""

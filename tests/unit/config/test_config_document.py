@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def test_unreadable_files_say_what_and_how_to_mend(
     (tmp_path / "folder").mkdir()
     assert fails("modle.json") == "modle.json: no such file. Did you mean model.json?"
     assert fails("fodler/x.json") == "fodler/x.json: no such file. Did you mean folder?"
-    assert fails("model.json/x.json") == "model.json/x.json: no such file"
+    assert fails("model.json/x.json") == (
+        "model.json/x.json: no such file. model.json is a file, not a folder"
+    )
     assert fails("folder") == "folder: this is a folder, expected a file"
     assert fails(write("m.txt", "{}")) == (
         'm.txt: unknown kind of file ".txt". Name a file that ends in .json, .yaml, .yml'
@@ -41,6 +44,20 @@ def test_unreadable_files_say_what_and_how_to_mend(
     assert "the file has 22 bytes; a configuration has at most 10" in fails(
         write("big.json", '{"a": "' + "x" * 13 + '"}')
     )
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_regular_file_is_refused_rather_than_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.json")
+    assert fails("pipe.json") == "pipe.json: this is no regular file (a pipe, socket or device), expected one"
+    Path("loop.json").symlink_to("loop.json")
+    assert fails("loop.json") == "loop.json: this is a symbolic link that leads nowhere, to loop.json"
+    Path("old.json").symlink_to("gone.json")
+    assert fails("old.json") == "old.json: this is a symbolic link that leads nowhere, to gone.json"
+    assert fails("~nobody-of-this-name/m.json").startswith("~nobody-of-this-name/m.json: no such file")
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:

@@ -82,6 +82,13 @@ GOLDEN = [
     ("--train-iters 0", "--train-iters error: 0: must be at least 1"),
     ("--min-lr -1", "--min-lr error: -1.0: must be at least 0.0"),
     ("--seed", "--seed error: a value is missing. Write --seed N"),
+    ("--lr=", "--lr error: it needs a value, and the one given is empty. Write --lr X"),
+    ("--save=", "--save error: it needs a value, and the one given is empty. Write --save TEXT"),
+    ("--bf16=", "--bf16 error: it needs a value, and the one given is empty. Write --bf16 or --bf16=false"),
+    ("--num-workers 1025", "--num-workers error: 1025: must be at most 1024"),
+    ("--nproc-per-node 1025", "--nproc-per-node error: 1025: must be at most 1024"),
+    ("--micro-batch-size 1048577", "--micro-batch-size error: 1048577: must be at most 1048576"),
+    ("--train-iters 1099511627777", "--train-iters error: 1099511627777: must be at most 1099511627776"),
     ("--lr-decay-style cosin", '--lr-decay-style error: "cosin", expected "constant", "linear" or "cosine". '
      'Did you mean "cosine"?'),
     ("--bf16 true", 'command line error: unexpected argument "true". --bf16 takes no value'),

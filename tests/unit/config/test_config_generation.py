@@ -102,8 +102,25 @@ def test_the_pipeline_checks_its_settings(files: Any) -> None:
     files.write()
     text = fails(**{"pipeline_config.seed": "x"})
     assert '--pipeline-config.seed: "seed" is "x", expected a whole number' in text
-    assert '"input_size" is [81, 480]: it needs more than 2 items' in text
+    assert '"input_size" is [81, 480]: must have exactly 3 values' in text
     assert text.count('"boundary_ratio" is 1.5: must be smaller than 1.0') == 1
+
+
+def test_sizes_fit_the_autoencoder_and_rates_the_interval(files: Any) -> None:
+    files.inference["ae"].update(init="random", dim_mult=[1, 2], temperal_downsample=[True])
+    files.inference["ae"].pop("from_pretrained")
+    files.inference["pipeline_config"]["input_size"] = [81, 481, 720]
+    files.write()
+    assert fails() == (
+        f"{files_find('inference.json', '481')}: input_size[1] is 481, which ae (wan_video_vae) cannot "
+        "encode: height must be a multiple of 2; nearest are 480 and 482"
+    )
+    files.inference["pipeline_config"]["input_size"] = [82, 480, 20000]
+    files.inference.update(fps=4, frame_interval=100)
+    files.write()
+    text = fails()
+    assert '"input_size[2]" is 20000: must be at most 16384' in text
+    assert '"frame_interval": must be at most fps (4)' in text
 
 
 def test_experts_come_in_pairs_and_overrides_have_places(files: Any) -> None:

@@ -52,6 +52,11 @@ def test_resolved_has_every_value_with_its_origin(files: Any) -> None:
     assert origins["fsdp2.param_dtype"] == "fsdp2.yaml:4:14"
 
 
+def clips(files: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = files.data["dataset_param"]["preprocess_parameters"]
+    return settings
+
+
 def transforms(files: Any) -> list[dict[str, Any]]:
     pipeline = files.data["dataset_param"]["preprocess_parameters"]["train_pipeline"]
     return pipeline["video"]
@@ -127,7 +132,7 @@ BAD: list[tuple[str, Spoil, str, str]] = [
     ("transform", lambda f: transforms(f)[0].update(trans_type="Resize"),
      '"video": [\n                    ^{',
      '"video[0]": "trans_type" must be one of "ResizeVideo", "ToTensorVideo", '
-     '"norm_fun", "CenterCropResizeVideo"'),
+     '"norm_fun", "CenterCropResizeVideo". Did you mean "ResizeVideo"?'),
     ("dataset", lambda f: f.data["dataset_param"].update(dataset_type="i2v"),
      '^"i2v"',
      "no installed distribution offers the dataset 'i2v'. Did you mean 't2v' (mmzoo-core 0.1.0)?"),
@@ -167,6 +172,67 @@ BAD: list[tuple[str, Spoil, str, str]] = [
     ("latents", lambda f: f.model["ae"].update(z_dim=48),
      '"out_dim": ^16',
      "out_dim is 16, but ae (wan_video_vae) has 48 latent channels. Write 48"),
+    ("latents of a plugin without weights",
+     lambda f: (f.model.update(ae={"model_id": "haar_video", "temporal_levels": 0}),
+                f.model["predictor"].update(in_dim=48, out_dim=48)),
+     '"out_dim": ^48',
+     "out_dim is 48, but ae (haar_video) has 12 latent channels. Write 12"),
+    ("latents of the folder", lambda f: (f.folder / "weights/vae/config.json").write_text('{"z_dim": 48}'),
+     '"out_dim": ^16',
+     "out_dim is 16, but ae (wan_video_vae) has 48 latent channels. Write 48"),
+    ("default latents", lambda f: (f.model["ae"].pop("from_pretrained"), f.model["ae"].update(init="random"),
+                                   f.model["predictor"].update(in_dim=48, out_dim=48)),
+     '"out_dim": ^48',
+     "out_dim is 48, but ae (wan_video_vae) has 16 latent channels. Write 16"),
+    ("frames", lambda f: (clips(f).update(num_frames=50),
+                          (f.folder / "weights/vae/config.json").write_text('{"z_dim": 16}')),
+     '"num_frames": ^50',
+     "num_frames is 50, which ae (wan_video_vae) cannot encode: frames must be 4k + 1; nearest are 49 and 53"),
+    ("width", lambda f: (clips(f).update(max_width=840),
+                         (f.folder / "weights/vae/config.json").write_text('{"patch_size": 2}')),
+     '"max_width": ^840',
+     "max_width is 840, which ae (wan_video_vae) cannot encode: width must be a multiple of 16; "
+     "nearest are 832 and 848"),
+    ("stride", lambda f: (clips(f).update(force_resolution=False, hw_stride=4, num_frames=8),
+                          f.model.update(ae={"model_id": "haar_video", "temporal_levels": 3,
+                                             "spatial_levels": 3, "latents_mean": None}),
+                          f.model["predictor"].update(in_dim=1536, out_dim=1536)),
+     '"hw_stride": ^4',
+     "hw_stride is 4, which ae (haar_video) cannot encode: height must be a multiple of 8; choose 8 or 16"),
+    ("absurd", lambda f: f.model["predictor"].update(num_layers=10**9),
+     '"num_layers": ^1000000000',
+     '"num_layers" is 1000000000: must be at most 1000'),
+    ("absurd clip", lambda f: clips(f).update(num_frames=10**9),
+     '"num_frames": ^1000000000',
+     '"num_frames" is 1000000000: must be at most 100000'),
+    ("absurd rate", lambda f: clips(f).update(train_fps=1001),
+     '"train_fps": ^1001',
+     '"train_fps" is 1001: must be at most 1000.0'),
+    ("absurd grid", lambda f: f.model["diffusion"].update(num_train_timesteps=100001),
+     '"num_train_timesteps": ^100001',
+     '"num_train_timesteps" is 100001: must be at most 100000'),
+    ("absurd vocabulary",
+     lambda f: (f.model["text_encoder"].pop("from_pretrained"),
+                f.model["text_encoder"].update(init="random", config={"vocab_size": 2**25})),
+     '"vocab_size": ^33554432',
+     '"vocab_size" is 33554432: must be at most 16777216'),
+    ("fp16", lambda f: setattr(f, "fsdp2", "param_dtype: float16\n"),
+     "param_dtype: ^float16",
+     '"param_dtype" is "float16": only "bf16" or "fp32" or "fp64" is accepted: fp16 needs loss scaling, '
+     "which is not available; use bf16"),
+    ("pattern", lambda f: setattr(f, "fsdp2", "recompute_modules:\n  - predictor.head\n  - predictor.{3-1}\n"),
+     "  - ^predictor.{3-1}",
+     '"recompute_modules[1]" is "predictor.{3-1}": the range 3-1 runs backwards; write {1-3}'),
+    ("file for a folder", lambda f: f.model["ae"].update(from_pretrained="data.txt"),
+     '"from_pretrained": ^"data.txt"',
+     'ae.from_pretrained is "data.txt": this is a file, not a folder'),
+    ("folder for a file",
+     lambda f: f.data["dataset_param"]["basic_parameters"].update(data_path="weights"),
+     '"data_path": ^"weights"',
+     'dataset_param.basic_parameters.data_path is "weights": this is a folder, not a file'),
+    ("too long a path", lambda f: f.model["ae"].update(from_pretrained="x" * 300),
+     '"from_pretrained": ^"xxx',
+     f'ae.from_pretrained is "{"x" * 99}…", which cannot be looked at: File name too long'),
 ]  # fmt: skip
 
 
@@ -176,6 +242,20 @@ BAD: list[tuple[str, Spoil, str, str]] = [
 def test_golden_messages(files: Any, spoil: Spoil, snippet: str, message: str) -> None:
     spoil(files)
     assert files.check() == [f"{files.find(snippet)} error: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        ("data.txt", '"data.txt" is a file, not a folder'),
+        ("x" * 300, "cannot be looked at: File name too long"),
+        ("~nobody-of-this-name/run", "there is no such folder"),
+    ],
+)
+def test_load_must_name_a_folder(files: Any, load: str, message: str) -> None:
+    (found,) = files.check("--load", load)
+    assert found.startswith("--load error: ")
+    assert message in found
 
 
 def test_findings_of_all_files_come_at_once(files: Any) -> None:

@@ -28,6 +28,7 @@ class Section(SectionModel):
     rate: float = 0.5
     deep: bool = False
     size: tuple[int, int, int] = (1, 2, 2)
+    area: Literal["auto"] | tuple[int, int] = "auto"
     shards: int | Literal["auto"] | None = None
     norm: Annotated[bool, Only(True, reason="it always normalises")] = True
     gone: Annotated[Any, Only(None, reason="it is not available yet")] = None
@@ -63,7 +64,9 @@ GOLDEN = [
     ('{"layout": 3}', 'm.json:1:12 error: "layout" is 3, expected a text in quotes. Put it in quotes: "3"'),
     ('{"size": [1, 2, "2"]}', 'm.json:1:17 error: "size[2]" is "2", expected a whole number. Remove '
     'the quotes: 2'),
-    ('{"size": [1, 2]}', 'm.json:1:10 error: "size" is [1, 2]: it needs more than 2 items'),
+    ('{"size": [1, 2]}', 'm.json:1:10 error: "size" is [1, 2]: must have exactly 3 values'),
+    ('{"size": [1, 2, 2, 2]}', 'm.json:1:10 error: "size" is [1, 2, 2, 2]: must have exactly 3 values'),
+    ('{"area": []}', 'm.json:1:10 error: "area" is [], expected "auto" or a list of 2 values'),
     ('{"shards": "8"}', 'm.json:1:12 error: "shards" is "8", expected a whole number or "auto". '
     'Remove the quotes: 8'),
     ('{"shards": "auo"}', 'm.json:1:12 error: "shards" is "auo", expected a whole number or "auto". '
@@ -73,6 +76,8 @@ GOLDEN = [
     ('{"steps": [{"kind": "near", "metre": 2}]}',
      'm.json:1:29 error: unknown key "metre" in steps[0] of part. Did you mean "metres"?'),
     ('{"steps": [{"kind": "up"}]}', 'm.json:1:12 error: "steps[0]": "kind" must be one of "near", "far"'),
+    ('{"steps": [{"kind": "naer"}]}',
+     'm.json:1:12 error: "steps[0]": "kind" must be one of "near", "far". Did you mean "near"?'),
     ('{"guidance": [1, "x"]}', 'm.json:1:18 error: "guidance[1]" is "x", expected a number'),
     ('{"dtype": "bf61"}',
      'm.json:1:11 error: "dtype" is "bf61", expected "bf16", "fp16", "fp32" or "fp64". Did you mean "bf16"?'),
@@ -93,9 +98,26 @@ def test_all_findings_come_at_once_in_three_levels() -> None:
         'm.json:2:1 warning: "depth" is an old spelling of "layers". Write "layers": 7',
         'm.json:3:9 error: "rate" is "x", expected a number',
         'm.json:4:9 error: "size" is 3, expected a list',
-        'm.json:5:1 error: unknown key "unknown" in part. Known keys: deep, depth, dtype, gone, '
+        'm.json:5:1 error: unknown key "unknown" in part. Known keys: area, deep, depth, dtype, gone, '
         "guidance, high, "
-        "layers, layout, low, norm, rate, shards and 2 more",
+        "layers, layout, low, norm, rate and 3 more",
+    ]
+
+
+class Broken(SectionModel):
+    layers: int = 1
+
+    @model_validator(mode="after")
+    def _fail(self) -> Broken:
+        raise RuntimeError("no such\ntable")
+
+
+def test_a_validator_that_fails_is_a_finding_that_names_its_class() -> None:
+    checked = check_section(Broken, parse_json('{"layers": 2}', "m.json"), label="ae (broken)")
+    assert checked.section is None
+    assert [str(finding) for finding in checked.findings] == [
+        f"m.json:1:1 error: ae (broken) cannot be checked: {__name__}.Broken failed, RuntimeError: no such "
+        "table. This is a defect of the config class rather than of the file; tell its distribution"
     ]
 
 

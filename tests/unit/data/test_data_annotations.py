@@ -89,6 +89,15 @@ def test_empty_lines_and_comments_of_a_list_are_skipped(tmp_path: Path) -> None:
         (ITEM | {"resolution": [480, 832]}, r'resolution is \[480, 832\], but must be {"height"'),
         (ITEM | {"resolution": {"height": 480}}, "resolution is .* but must be"),
         (ITEM | {"cut": [1]}, "cut is .* 2 integers"),
+        (ITEM | {"path": "a\0.mp4"}, r'path is "a\\u0000\.mp4", but must be the name of a video file'),
+        (ITEM | {"path": "\ud800.mp4"}, r'path is "\\ud800\.mp4", but must be the name of a video file'),
+        (ITEM | {"cap": "\udfff"}, r'cap is "\\udfff", but must be a caption'),
+        (ITEM | {"num_frames": 10**400}, "num_frames is 1000.*…, but must be .* at most 2147483647"),
+        (ITEM | {"num_frames": 1e308}, r"num_frames is 1e\+308, but must be .* at most 2147483647"),
+        (ITEM | {"num_frames": 0.5}, r"num_frames is 0\.5, but must be at least 1"),
+        (ITEM | {"num_frames": None, "fps": 1e9, "duration": 1e9}, r"fps 1e\+09 and duration 1e\+09 make"),
+        (ITEM | {"cut": [10**400, 0]}, "cut is .* integers from 0 to 2147483647"),
+        (ITEM | {"resolution": {"height": 10**400, "width": 1}}, "resolution is .* but must be"),
         (ITEM | {"crop": [9, 3, 0, 5]}, "crop is .* left < right"),
         ("a.mp4", '"a.mp4" is no annotation; expected an object'),
     ],
@@ -120,6 +129,29 @@ def test_broken_json_is_named_by_line_and_column(tmp_path: Path, text: str, plac
     path = write(tmp_path, text)
     with pytest.raises(DataError, match=f"^{re.escape(str(path))}:{place}: {message}"):
         read_annotations(path, tmp_path)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "1: brackets are nested too deeply"),
+        ('[\n{"path": "a.mp4", "cap": ' + "[" * 100_000, "2: brackets are nested too deeply"),
+        (f"[\n{GOOD[:-1]}, {GOOD[1:]}]", '2: "path" is written twice in one object'),
+        (f'{GOOD}\n{{"resolution": {{"width": 1, "width": 2}}}}', '2: "width" is written twice'),
+        (f'[{{"path": "a.mp4", "cap": "x", "num_frames": 1{"0" * 5000}}}]', "1: a number cannot be read"),
+    ],
+)
+def test_json_that_python_cannot_or_must_not_read(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(DataError, match=f"^{re.escape(str(path))}:{message}"):
+        read_annotations(path, tmp_path)
+
+
+def test_a_name_with_nul_is_no_file(tmp_path: Path) -> None:
+    listing = write(tmp_path, f"{tmp_path},a\0.json\n", "data.txt")
+    with pytest.raises(DataError, match=r"data\.txt:1: 'a\\x00\.json' is no name of a file"):
+        read_data_list(listing)
 
 
 @pytest.mark.parametrize(

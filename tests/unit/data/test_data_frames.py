@@ -76,7 +76,9 @@ def test_absurd_rates_and_lengths_cost_no_time(fps: float) -> None:
         assert 0 <= frames[0] <= frames[-1] < total
 
 
-@pytest.mark.parametrize(("name", "value"), [("train_fps", 1e300), ("train_fps", 0.0), ("frame_interval", 1e300)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("train_fps", 1e300), ("train_fps", 0.0), ("frame_interval", 1e300)]
+)
 def test_a_step_beyond_reason_is_refused(name: str, value: float) -> None:
     with pytest.raises(DataError, match=rf"preprocess_parameters\.{name} is .* at most 1e\+06"):
         FrameRule(**{name: value})

@@ -33,6 +33,7 @@ def test_without_save(train: Callable, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_run_and_what_can_be_done_with_its_folder(train: Callable, tmp_path: Path) -> None:
     run = tmp_path / "run"
 
@@ -102,6 +103,7 @@ def test_a_run_and_what_can_be_done_with_its_folder(train: Callable, tmp_path: P
     assert not (tmp_path / "other" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_crash_leaves_what_the_next_run_removes_and_says(train: Callable, tmp_path: Path) -> None:
     half = tmp_path / "run" / "checkpoints" / ".tmp-iter_0000001"
     half.mkdir(parents=True)
@@ -115,6 +117,7 @@ def test_a_crash_leaves_what_the_next_run_removes_and_says(train: Callable, tmp_
     assert "without --save" not in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [("file/run", "cannot be written"), ("run", "name another folder with --tensorboard-dir")],

@@ -30,7 +30,7 @@ class HaarVideoConfig(SectionModel):
 
     @model_validator(mode="after")
     def _check(self) -> HaarVideoConfig:
-        channels = 3 * 2 ** (self.temporal_levels + 2 * self.spatial_levels)
+        channels = self.latent_channels
         for name in ("latents_mean", "latents_std"):
             values = getattr(self, name)
             if values is not None and len(values) != channels:
@@ -40,3 +40,23 @@ class HaarVideoConfig(SectionModel):
                     "channels",
                 )
         return self
+
+    @property
+    def latent_channels(self) -> int:
+        """Of the latents; the core compares it with the predictor's channels."""
+        return 3 * 2 ** (self.temporal_levels + 2 * self.spatial_levels)
+
+    def size_problem(self, frames: int, height: int, width: int) -> str | None:
+        """Return why a video of these sizes cannot be encoded, or None; the core asks before anything is
+        built.
+        """
+        side = 2**self.spatial_levels
+        for name, size, factor in (
+            ("frames", frames, 2**self.temporal_levels),
+            ("height", height, side),
+            ("width", width, side),
+        ):
+            if size % factor:
+                near = max(1, size // factor) * factor
+                return f"{name} must be a multiple of {factor}; choose {near} or {near + factor}"
+        return None
