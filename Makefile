@@ -2,7 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location -c constraints.txt
+# Python compiles what is imported when it is imported; compiling all of torch and transformers beforehand takes longer.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-script-location --no-compile -c constraints.txt
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
@@ -22,8 +23,9 @@ $(VENV)/.setup: constraints.txt pyproject.toml registry/pyproject.toml mm_plugin
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: MM Zoo needs Python 3.11 or newer; say which: make setup PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) -e ./registry -e . -e ./mm_plugins/wan22
-	rm -rf $(VENV)/wheels && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(VENV)/wheels ./examples/plugins/mmzoo-plugin-haar
+	$(PIP) "setuptools>=77.0.3" wheel
+	$(PIP) --no-build-isolation -e ./registry -e . -e ./mm_plugins/wan22
+	rm -rf $(VENV)/wheels && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w $(VENV)/wheels ./examples/plugins/mmzoo-plugin-haar
 	$(PIP) --no-deps --force-reinstall $(VENV)/wheels/*.whl
 	@touch $@
 

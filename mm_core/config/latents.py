@@ -25,16 +25,22 @@ from mm_core.config.findings import Finding
 from mm_core.config.origin import KeyPath
 from mm_core.config.parts import effective_fields
 from mm_core.config.section import SectionModel
+from mm_registry.errors import UserError
 
 _MAX_HF_CONFIG_BYTES = 4 * 1024 * 1024
 
 
 def latent_channels(ae: ComponentConfig) -> int | None:
-    """Return the channels of the latents as the autoencoder's config class tells them."""
+    """Return the channels of the latents as the autoencoder's config class tells them.
+
+    Raises:
+        UserError: the property of a plugin's class raised; its distribution is named.
+    """
     try:
         channels = getattr(_described(ae), "latent_channels", None)
-    except Exception:  # noqa: BLE001 - a plugin's property; the check of the sizes or the build says what is wrong
-        return None
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{ae.label}: latent_channels of {ae.spec.provider}'s config class raised {text}") from error
     return channels if isinstance(channels, int) and not isinstance(channels, bool) else None
 
 
