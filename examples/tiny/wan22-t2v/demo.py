@@ -48,7 +48,7 @@ def main() -> None:
        "--mm-tool", str(HERE / "tools.json"), "--fsdp2-config-path", str(HERE / "fsdp2.yaml"),
        "--train-iters", str(options.train_iters), "--num-workers", "0", "--micro-batch-size", "2", "--global-batch-size", "2",
        "--lr", "5e-3", "--lr-decay-style", "cosine", "--lr-warmup-iters", "20", "--clip-grad", "1.0",
-       "--seed", str(options.seed), "--save", options.save, "--save-interval", "400")  # fmt: skip
+       "--seed", str(options.seed), "--save", options.save, "--save-interval", str(options.train_iters))  # fmt: skip
 
     mm("generate", "--mm-model", str(HERE / "inference_model.json"), "--load", options.save, *generate,
        "--save-path", f"{options.save}/generated/after")  # fmt: skip
