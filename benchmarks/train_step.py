@@ -74,7 +74,7 @@ def plain_step(trainer: Trainer) -> Callable[[], float]:
                      num_workers=trainer.flags.num_workers, consumed_samples=0)
     )  # fmt: skip
     sigmas = torch.as_tensor(trainer.model.diffusion.sigmas).float()
-    weights = torch.as_tensor(trainer.model.diffusion.weights).float()
+    weights = trainer.model.diffusion.training_weight(trainer.model.diffusion.timesteps).float()
     length = trainer.job.components["predictor"].fields["text_len"]
 
     def step() -> float:
