@@ -40,7 +40,9 @@ def latent_channels(ae: ComponentConfig) -> int | None:
         channels = getattr(_described(ae), "latent_channels", None)
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{ae.label}: latent_channels of {ae.spec.provider}'s config class raised {text}") from error
+        raise UserError(
+            f"{ae.label}: latent_channels of {ae.spec.provider}'s config class raised {text}"
+        ) from error
     return channels if isinstance(channels, int) and not isinstance(channels, bool) else None
 
 
