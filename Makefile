@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: setup demo test test-full lint format docs bench clean help
 
 help:
-	@echo "make setup      .venv with the tested versions, the core, the plugins, and the haar example plugin as a wheel"
+	@echo "make setup      .venv with the tested versions, the core, the plugins, and the example plugins as wheels"
 	@echo "make demo       train a tiny Wan2.2 on two real clips and look at it (some minutes)"
 	@echo "make test       the tests; make test-full runs the slow ones too"
 	@echo "make lint       ruff, mypy, import-linter"
@@ -19,13 +19,13 @@ help:
 
 setup: $(VENV)/.setup
 
-$(VENV)/.setup: constraints.txt pyproject.toml registry/pyproject.toml mm_plugins/wan22/pyproject.toml $(shell find examples/plugins/mmzoo-plugin-haar -name '*.py' -o -name pyproject.toml)
+$(VENV)/.setup: constraints.txt pyproject.toml registry/pyproject.toml mm_plugins/wan22/pyproject.toml $(shell find examples/plugins -path '*/mm_plugin_*.py' -o -name pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: MM Zoo needs Python 3.11 or newer; say which: make setup PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) "setuptools>=77.0.3" wheel
 	$(PIP) --no-build-isolation -e ./registry -e . -e ./mm_plugins/wan22
-	rm -rf $(VENV)/wheels && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w $(VENV)/wheels ./examples/plugins/mmzoo-plugin-haar
+	rm -rf $(VENV)/wheels && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w $(VENV)/wheels ./examples/plugins/mmzoo-plugin-haar ./examples/plugins/mmzoo-plugin-ltx
 	$(PIP) --no-deps --force-reinstall $(VENV)/wheels/*.whl
 	@touch $@
 

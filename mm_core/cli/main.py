@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import importlib
 import os
-import select
 import sys
-import traceback
 
 from mm_registry.errors import UserError
-from mm_registry.suggestions import closest
+
+TYPE_CHECKING = False  # typing's, which is slow to import
+if TYPE_CHECKING:
+    from typing import TextIO
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "list": (
         "mm_core.cli.list",
         "every id that installed packages offer, with distribution, version and origin",
     ),
+    "show": ("mm_core.cli.show", "one id: where it comes from, whether it can be used, what belongs to it"),
     "check": ("mm_core.cli.check", "read and check the files of a job (or one file); nothing is built"),
     "train": (
         "mm_core.cli.train",
@@ -29,6 +31,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "mm_core.cli.generate",
         "write videos for prompts, from a run, a checkpoint or a folder of weights",
     ),
+    "doctor": (
+        "mm_core.cli.doctor",
+        "what is wrong with this environment and its plugins, and what mends it",
+    ),
+    "plugin": ("mm_core.cli.plugin", "explain, check, enable, disable, lock, verify or write plugins"),
 }
 
 
@@ -58,6 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # noqa: BLE001 - the last stop of a failure: it is printed whole
         if isinstance(error, BrokenPipeError) and _reader_left():
             return 0
+        if isinstance(error, OSError) and _output_failed(error):
+            sys.stderr.write(f"mm: cannot write output: {error.strerror}\n")
+            return 1
+        import traceback  # here, because `mm list` is to answer at once
+
         traceback.print_exc()
         return 1
 
@@ -72,6 +84,8 @@ def _command(argv: list[str]) -> int:
         sys.stdout.write(f"mm (mmzoo-core) {__version__}\n")
         return 0
     if argv[0] not in COMMANDS:
+        from mm_registry.suggestions import closest
+
         near = closest(argv[0], COMMANDS)
         mend = f"did you mean `mm {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}."
         raise UserError(f"mm: there is no command {argv[0]!r}; {mend}")
@@ -88,14 +102,37 @@ def _reader_left() -> bool:
     output = sys.__stdout__
     if output is None:
         return False
+    import select
+
     pipe = select.poll()
     pipe.register(output.fileno(), 0)  # errors are always told
     if not pipe.poll(0):
         return False
+    _discard(output)
+    return True
+
+
+def _output_failed(error: OSError) -> bool:
+    """Whether a command could not write what it prints (`> /dev/full`): such an error names no file, and arises
+    here or in the command itself, not in what it calls.
+
+    What is still to be written then goes nowhere.
+    """
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    module = "" if place is None else str(place.tb_frame.f_globals.get("__name__"))
+    output = sys.__stdout__
+    if output is None or error.filename or not module.startswith("mm_core.cli."):
+        return False
+    _discard(output)
+    return True
+
+
+def _discard(output: TextIO) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, output.fileno())
     os.close(nowhere)
-    return True
 
 
 def _report(error: UserError) -> None:

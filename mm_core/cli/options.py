@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mm_core.config.findings import ConfigError, Finding
+TYPE_CHECKING = False  # typing's, which is slow to import
+if TYPE_CHECKING:
+    from mm_core.config.findings import ConfigError
 
 
 def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
@@ -20,7 +22,7 @@ def take_option(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
         if word == name:
             value = next(words, None)
             if value is None:
-                raise ConfigError([Finding("error", "missing-value", "a value is missing", path=name)])
+                raise _mistake("missing-value", "a value is missing", name)
         elif word.startswith(f"{name}="):
             value = word.partition("=")[2]
         else:
@@ -38,5 +40,38 @@ def output_format(argv: Sequence[str], formats: Sequence[str]) -> tuple[str, lis
     if value is not None and value not in formats:
         text = f'"{value}" is no format'
         mend = f"Write {' or '.join(formats)}"
-        raise ConfigError([Finding("error", "wrong-value", text, path="--format", suggestion=mend)])
+        raise _mistake("wrong-value", text, "--format", mend)
     return value or formats[0], rest
+
+
+def only_word(argv: Sequence[str], command: str, what: str) -> str:
+    """Return the one word that is left when the options are taken: `what` says what it is.
+
+    Raises:
+        ConfigError: there is none, or another one, or an unknown option.
+    """
+    stray = next((word for word in argv if word.startswith("-")), None)
+    if stray is None and len(argv) == 1:
+        return argv[0]
+    if stray is None and not argv:
+        text, code = f"{what} is missing", "missing-argument"
+    else:
+        text, code = f'unexpected argument "{stray or argv[1]}"', "stray-argument"
+    raise _mistake(code, text, command, f"See {command} --help")
+
+
+def no_words(argv: Sequence[str], command: str) -> None:
+    """Refuse words that are left when the options are taken.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if argv:
+        text = f'unexpected argument "{argv[0]}"'
+        raise _mistake("stray-argument", text, command, f"See {command} --help")
+
+
+def _mistake(code: str, text: str, path: str, suggestion: str = "") -> ConfigError:
+    from mm_core.config.findings import ConfigError, Finding  # only mistakes need it
+
+    return ConfigError([Finding("error", code, text, path=path, suggestion=suggestion)])

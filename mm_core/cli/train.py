@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from mm_core.config import load_training_job, parse_train_flags
-from mm_core.config.flags import train_help
+from mm_core.config import TrainFlags, load_training_job, parse_train_flags
+from mm_core.config.flags import train_help, world_size
+from mm_registry import default_manager
 
 
 def run(argv: list[str]) -> int:
-    """Check the whole job without torch, then build, shard and train it."""
+    """Check the whole job without torch, then build, shard and train it.
+
+    One of several ranks under a launcher meets the others before it reads the job: what is wrong with one ends
+    all of them.
+    """
     if "-h" in argv or "--help" in argv:
         sys.stdout.write(train_help())
         return 0
-    job = load_training_job(parse_train_flags(argv))
+    flags = parse_train_flags(argv)
+    several = world_size(flags) > 1
+    if several and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        from mm_core.training.session import train_launched
+
+        return train_launched(flags, lambda: _check_lock(flags))
+    _check_lock(flags)
+    plugins = default_manager().plugin_set() if several else None  # before the job's file selects among them
+    job = load_training_job(flags)
     from mm_core.training.session import train  # imports torch: only once everything written is right
 
-    return train(job, argv)
+    return train(job, argv, plugins)
+
+
+def _check_lock(flags: TrainFlags) -> None:
+    """Refuse plugins that are not those of the lock, with `--locked`.
+
+    Raises:
+        UserError: they differ, or there is no lock.
+    """
+    if not flags.locked and flags.lock_file is None:
+        return
+    from pathlib import Path
+
+    from mm_registry.lock import NAME, require_lock
+
+    require_lock(Path(flags.lock_file or NAME), default_manager())

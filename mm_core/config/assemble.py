@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mm_core.config.component import ComponentConfig
 from mm_core.config.document import Document
 from mm_core.config.findings import ConfigError, Finding, has_errors
-from mm_core.config.origin import KeyPath
 from mm_core.config.parts import Part, check_part, resolve
-from mm_registry.errors import RegistryError
+from mm_core.config.plugins import job_selection, named_plugins, path_of, selection_finding
+from mm_registry.errors import RegistryError, SelectionError
 from mm_registry.manager import PluginManager
 from mm_registry.spec import RUNTIME, EntrySpec
 
@@ -49,7 +49,28 @@ class Assembly:
                 resolved.append(found)
         return resolved
 
-    def activate(self, parts: Iterable[Part], plugins: Sequence[str], document: Document) -> None:
+    def select(self, document: Document | None) -> None:
+        """Apply what the file says about which distributions take part. It comes before the first id is resolved.
+
+        Raises:
+            ConfigError: a selection file of the project or the environment cannot be used, so that no id can
+                be resolved.
+        """
+        layer, findings = job_selection(document) if document is not None else (None, [])
+        self.findings += findings
+        try:
+            _ = self.manager.selection  # reads the files
+            self.manager.select_for_job(layer)
+            odd = self.manager.unmatched(layer) if layer is not None else []
+        except SelectionError as error:
+            finding = Finding("error", "bad-selection", error.problem, error.path or None, error.line)
+            raise ConfigError([finding]) from error
+        for code, (key, name), message in odd:
+            assert document is not None
+            path = path_of(document, key, name)
+            self.findings.append(selection_finding(document, "warning", code, message, path))
+
+    def activate(self, parts: Iterable[Part], document: Document) -> None:
         """Import the hooks of the distributions in use, and of those that the file names under `plugins`."""
         used = {part.spec.distribution for part in parts if part.spec is not None} - {RUNTIME}
         try:
@@ -58,8 +79,7 @@ class Assembly:
             self.findings.append(Finding("error", "broken-hooks", str(error)))
             return
         named = set()
-        for index, name in enumerate(plugins):
-            path: KeyPath = ("plugins", index)
+        for path, name in named_plugins(document):
             try:
                 self.manager.activate({name})
                 named.add(name)

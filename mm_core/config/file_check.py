@@ -39,15 +39,21 @@ def check_file(path: str, *, manager: PluginManager | None = None) -> tuple[Find
     assembly = Assembly(manager)
     assembly.findings += check_section(CLASSES[kind], document, label=path).findings
     if kind is Kind.MODEL:
-        _check_model(document, assembly)
+        assembly.attempt(lambda: _check_model(document, assembly))
     elif kind is Kind.DATA:
-        part, findings = find_part(document, "dataset", "dataset", ("dataset_param",), "dataset_type")
-        assembly.findings += findings
-        _build([part] if part else [], document, assembly)
+        assembly.attempt(lambda: _check_data(document, assembly))
     return sort_findings(assembly.findings)
 
 
+def _check_data(document: Document, assembly: Assembly) -> None:
+    assembly.select(None)
+    part, findings = find_part(document, "dataset", "dataset", ("dataset_param",), "dataset_type")
+    assembly.findings += findings
+    _build([part] if part else [], document, assembly)
+
+
 def _check_model(document: Document, assembly: Assembly) -> None:
+    assembly.select(document)
     parts, findings = find_parts(document, [(name, name) for name in COMPONENT_SECTIONS])
     assembly.findings += findings
     task = document.data.get("task_id", ModelConfig.model_fields["task_id"].default)
@@ -62,9 +68,7 @@ def _check_model(document: Document, assembly: Assembly) -> None:
 def _build(parts: list[Part], document: Document, assembly: Assembly, callbacks: Sequence[Part] = ()) -> None:
     parts = assembly.resolve_all(parts, document)
     callbacks = assembly.resolve_all(callbacks, document)
-    plugins = document.data.get("plugins")
-    named = [name for name in plugins if isinstance(name, str)] if isinstance(plugins, list) else []
-    assembly.activate([*parts, *callbacks], named, document)
+    assembly.activate([*parts, *callbacks], document)
     document, components = assembly.build(parts, document)
     assembly.findings += cross.check_folders(components.values(), document, "note")
     weighted = {name: part for name, part in components.items() if part.role in WITH_WEIGHTS}

@@ -34,6 +34,12 @@ class FileFlags(SectionModel):
     mm_data: Annotated[str | None, _help("data file (data.json)", min_length=1)] = None
     mm_tool: Annotated[str | None, _help("tools file (tools.json)", min_length=1)] = None
     fsdp2_config_path: Annotated[str | None, _help("sharding file (fsdp2.yaml)", min_length=1)] = None
+    locked: Annotated[
+        bool, _help("train only with the plugins of the lock file, which `mm plugin lock` writes")
+    ] = False
+    lock_file: Annotated[
+        str | None, _help("lock file; default: mmzoo.lock. Giving it means --locked", min_length=1)
+    ] = None
 
 
 class BatchFlags(SectionModel):

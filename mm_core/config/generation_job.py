@@ -125,7 +125,7 @@ def load_generation_job(
 def check_generation_file(document: Document, *, manager: PluginManager | None = None) -> tuple[Finding, ...]:
     """Return the findings of an inference file that is looked at by itself: missing paths are notes."""
     assembly = Assembly(manager or default_manager())
-    _draft(document, assembly, to_run=False)
+    assembly.attempt(lambda: _draft(document, assembly, to_run=False))
     return sort_findings(assembly.findings)
 
 
@@ -150,6 +150,7 @@ def _draft(document: Document, assembly: Assembly, *, to_run: bool) -> _Draft:
     checked = check_section(InferenceConfig, document, label=document.path or "the inference file")
     assembly.findings += checked.findings
     copied = isinstance(document.data.get("low_noise_predictor"), str)
+    assembly.select(document)
     document, sections = _with_second_expert(document)
     parts, findings = find_parts(document, sections)
     assembly.findings += findings
@@ -158,7 +159,7 @@ def _draft(document: Document, assembly: Assembly, *, to_run: bool) -> _Draft:
         parts.insert(0, Part("pipeline", "pipeline", _PIPELINE, ("pipeline_class",), pipeline))
     parts = assembly.resolve_all(parts, document)
     draft = _Draft(document, checked.section)
-    assembly.activate(parts, checked.section.plugins if checked.section else [], document)
+    assembly.activate(parts, document)
     merged = _with_pipeline_keys(document, parts, assembly)
     if isinstance(merged.data.get("pipeline_config"), Mapping):
         merged, draft.components = assembly.build(parts, merged)

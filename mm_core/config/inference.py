@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from mm_core.config.dtypes import DType
 from mm_core.config.keys import NoEffect, Only
 from mm_core.config.patch import PatchConfig
+from mm_core.config.plugins import Name, PluginsConfig
 from mm_core.config.section import SectionModel, invalid
 from mm_core.config.text import TextMethods, method_names
 from mm_core.config.tokenizer import TokenizerConfig
@@ -77,8 +78,11 @@ class InferenceConfig(SectionModel):
     tokenizer: TokenizerConfig
     diffusion: dict[str, Any]
     plugins: Annotated[
-        list[str],
-        Field(description="Distributions whose hooks take part though no component of theirs is used."),
+        PluginsConfig | list[Name],
+        Field(
+            description="Distributions whose hooks take part though no component of theirs is used; or an object "
+            "that says as well which distributions take part in this job."
+        ),
     ] = Field(default_factory=list)
     task: Annotated[str, Only("t2v", reason="text-to-video is the only kind of generation yet")] = "t2v"
     patch: PatchConfig = Field(default_factory=PatchConfig)

@@ -146,7 +146,7 @@ def check_training_job(flags: TrainFlags, *, manager: PluginManager | None = Non
     for.
     """
     assembly = Assembly(manager or default_manager())
-    _draft(flags, assembly, to_run=False)
+    assembly.attempt(lambda: _draft(flags, assembly, to_run=False))
     return sort_findings(assembly.findings, _file_order(flags))
 
 
@@ -165,6 +165,7 @@ def _draft(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -> _Draft:
     data = _read(draft, assembly, "data", flags.mm_data, Kind.DATA, "mm_data" if to_run else "")
     tools = _read(draft, assembly, "tools", flags.mm_tool, Kind.TOOLS, "")
     fsdp2 = _read(draft, assembly, "fsdp2", flags.fsdp2_config_path, Kind.FSDP2, "")
+    assembly.select(model)
     parts, data_parts = _find(assembly, model, data)
     parts = assembly.resolve_all(parts, model) if model else []
     data_parts = assembly.resolve_all(data_parts, data) if data else []
@@ -175,8 +176,7 @@ def _draft(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -> _Draft:
     draft.data = _check(assembly, DataConfig, data, draft, "data")
     draft.tools = _check(assembly, ToolsConfig, tools, draft, "tools")
     draft.fsdp2 = _check(assembly, Fsdp2Config, fsdp2, draft, "fsdp2")
-    plugins = draft.model.plugins if draft.model else []
-    assembly.activate([*parts, *data_parts, *callbacks], plugins, model or _EMPTY)
+    assembly.activate([*parts, *data_parts, *callbacks], model or _EMPTY)
     if model is not None:
         model, components = assembly.build([part for part in parts if part.role != "task"], model)
         draft.documents["model"], draft.components = model, components

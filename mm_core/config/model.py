@@ -6,6 +6,7 @@ from pydantic import Field
 
 from mm_core.config.keys import NoEffect, Only
 from mm_core.config.patch import PatchConfig
+from mm_core.config.plugins import Name, PluginsConfig
 from mm_core.config.section import SectionModel
 
 _LORA = "LoRA is not available yet"
@@ -37,8 +38,11 @@ class ModelConfig(SectionModel):
         Field(description="Ids of callbacks, which watch the run beside the core's own."),
     ] = Field(default_factory=list)
     plugins: Annotated[
-        list[str],
-        Field(description="Distributions whose hooks take part though no component of theirs is used."),
+        PluginsConfig | list[Name],
+        Field(
+            description="Distributions whose hooks take part though no component of theirs is used; or an object "
+            "that says as well which distributions take part in this job."
+        ),
     ] = Field(default_factory=list)
     diffusion: Annotated[dict[str, Any], Field(description="Noise schedule and loss.")]
     predictor: Annotated[dict[str, Any], Field(description="The network that is trained.")]

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from mm_core.config.component import WITH_WEIGHTS, ComponentConfig, IdKeys, WeightKeys
 from mm_core.config.document import Document
-from mm_core.config.findings import Finding, show
+from mm_core.config.findings import Finding, has_errors, show
 from mm_core.config.origin import KeyPath, dotted
 from mm_core.config.section import SectionModel, check_section
 from mm_registry.errors import RegistryError, UnknownIdError
@@ -103,11 +103,19 @@ def find_callbacks(document: Document) -> list[Part]:
 
 
 def resolve(part: Part, document: Document, manager: PluginManager) -> tuple[Part | None, list[Finding]]:
-    """Find the entry that a part's id means, by metadata alone."""
+    """Find the entry that a part's id means, by metadata alone; an old id is a warning."""
+    group = ROLES[part.role].name
     try:
-        return replace(part, spec=manager.resolve(ROLES[part.role].name, part.id)), []
+        resolved = replace(part, spec=manager.resolve(group, part.id))
+        new = manager.alias(group, part.id)
     except RegistryError as error:
         return None, [id_finding(error, document, part.id_path)]
+    if new is None:
+        return resolved, []
+    text = f"{show(part.id)} is an old id of {show(new)}"
+    mend = f"Write {show(new)} instead"
+    origin = document.origin(part.id_path)
+    return resolved, [Finding.at(origin, "warning", "old-id", text, path=part.id_path, suggestion=mend)]
 
 
 def id_finding(error: RegistryError, document: Document, path: KeyPath) -> Finding:
@@ -164,6 +172,18 @@ def check_part(
             return None, findings
         fields = effective_fields(config)
         fields.pop(id_key, None)
+    else:
+        from mm_core.config.signature_check import check_signature  # few need it, and `ast` with it
+
+        pretrained = own.get("from_pretrained") is not None and own.get("init") != "random"
+        found = list(
+            check_signature(
+                part, document, rest, manager, pretrained=pretrained, also_known=(id_key, *keys.model_fields)
+            )
+        )
+        findings += found
+        if has_errors(found):
+            return None, findings
     if core.section is None:
         return None, findings
     weights = core.section if isinstance(core.section, WeightKeys) else None

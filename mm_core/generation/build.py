@@ -87,7 +87,7 @@ def _fill(
         return RANDOM
     path = Path(source).expanduser()
     if is_hf_folder(path):
-        load_predictor_folder(module, path)
+        load_predictor_folder(module, path, component)
     else:
         path = resolve_load(path)
         # A run trains one expert, whichever of the two it is, under this name.

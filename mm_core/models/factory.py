@@ -62,7 +62,7 @@ def build_component(
         with torch.device(device):
             built = _construct(cls, component)
     if hooks is not None and isinstance(built, nn.Module):
-        run_post_build(hooks, component.role, component.model_id, built)
+        run_post_build(hooks, component.role, component.spec.id, built)
     return built
 
 

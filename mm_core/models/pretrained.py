@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from mm_core.weights import load_hf_folder
+from mm_core.weights import StateDictAdapter, find_adapter, load_hf_folder
 from mm_registry.errors import UserError
+
+if TYPE_CHECKING:
+    from mm_core.config.component import ComponentConfig
 
 M = TypeVar("M", bound=torch.nn.Module)
 
@@ -73,28 +76,51 @@ def _dtype_argument(cls: type) -> str:
     return "torch_dtype" if from_diffusers else "dtype"
 
 
-def load_predictor_folder(module: torch.nn.Module, folder: str | os.PathLike[str]) -> None:
+def load_predictor_folder(
+    module: torch.nn.Module, folder: str | os.PathLike[str], component: ComponentConfig | None = None
+) -> None:
     """Load a Hugging Face folder into a predictor, sharded or not, after a look at the folder's config.json.
 
     Shapes alone do not tell one network from another: with another number of heads or another epsilon the
     same weights load and compute something else. A component that has `check_pretrained_config(config) ->
-    list[str]` is asked what differs.
+    list[str]` is asked what differs, and so is its weights adapter.
+
+    Args:
+        component: the predictor's section; its weights adapter, if one is registered, says what the folder's
+            keys are called in the module.
 
     Raises:
-        UserError: config.json and section disagree, or the weights do not fit.
+        UserError: config.json and section disagree, the weights do not fit, or the adapter is none.
     """
     path = Path(folder).expanduser()
-    file = path / "config.json"
+    adapter = None if component is None else find_adapter(component)
+    # A predictor may be one of two experts, each in a section of its own name.
+    where = ".".join(map(str, component.path)) if component is not None and component.path else "predictor"
+    differences = _differences(module, path / "config.json", adapter, component)
+    if differences:
+        raise UserError(
+            f"{where}: the section does not describe the network in {str(folder)!r}: {'; '.join(differences)}"
+        )
+    load_hf_folder(module, path, adapter)
+
+
+def _differences(
+    module: torch.nn.Module,
+    file: Path,
+    adapter: StateDictAdapter | None,
+    component: ComponentConfig | None,
+) -> list[str]:
+    """What a folder's config.json says otherwise than module and section; nothing if there is none."""
     check = getattr(module, "check_pretrained_config", None)
-    if callable(check) and file.is_file():
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read: {error}") from error
-        differences = check(config)
-        if differences:
-            raise UserError(
-                f"predictor: the section does not describe the network in {str(folder)!r}: "
-                f"{'; '.join(differences)}"
-            )
-    load_hf_folder(module, path)
+    if not file.is_file() or (adapter is None and not callable(check)):
+        return []
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds no object; it is not the config.json of a model")
+    differences = list(check(config)) if callable(check) else []
+    if adapter is not None and component is not None:
+        differences += adapter.config_problems(config, component.fields)
+    return list(dict.fromkeys(differences))

@@ -82,6 +82,7 @@ class Predictor(Protocol):
 
     Optional: `reset_buffers(device)` fills non-persistent buffers after a meta build; `init_module(module)
     -> bool` draws the initial values of a module without `reset_parameters`.
+    `patch_size` (latent frames, rows and columns of one token) lets the task count tokens.
     """
 
     def forward(

@@ -55,9 +55,10 @@ class DiffusersScheduler:
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """The scheduler's current sigmas."""
+        """The scheduler's current sigmas, descending."""
         sigmas: torch.Tensor = self.scheduler.sigmas
-        return sigmas
+        # Until set_timesteps() some of diffusers' schedulers hold them in the order of training.
+        return sigmas.flip(0) if sigmas[0] < sigmas[-1] else sigmas
 
     @property
     def timesteps(self) -> torch.Tensor:

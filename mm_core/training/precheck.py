@@ -14,7 +14,7 @@ from mm_core.models.factory import build_component, sharding_policy
 from mm_core.models.sora import EXPERTS
 from mm_core.sharding import ShardingPlan, ShardingPolicy, build_plans
 from mm_core.sharding.patterns import PlanError
-from mm_core.weights import is_hf_folder, resolve_load
+from mm_core.weights import find_adapter, is_hf_folder, resolve_load
 
 
 def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
@@ -25,7 +25,8 @@ def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
 
     Raises:
         ConfigError: a pattern of fsdp2.yaml does not fit the model; the finding points at it.
-        UserError: fields that the model refuses, patterns that match nothing, a `--load` without a complete checkpoint.
+        UserError: fields that the model refuses, patterns that match nothing, a wrong weights adapter, a `--load` without a complete
+            checkpoint.
     """
     load = job.flags.load
     if load is not None and not is_hf_folder(Path(load)):
@@ -48,6 +49,7 @@ def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
             with torch.no_grad():
                 composite.add_module(name, build_component(job.components[name], "meta", hooks=job.hooks))
             policies[name] = sharding_policy(job.components[name]) or ShardingPolicy()
+            find_adapter(job.components[name])
     roots = {name: composite.get_submodule(name) for name in policies}
     try:
         return build_plans(roots, policies, job.fsdp2, composite)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from mm_core.accelerator import Accelerator
-from mm_core.config import TrainingJob
+from mm_core.config import TrainFlags, TrainingJob, load_training_job
 from mm_core.data import build_dataset
 from mm_core.observe.console import setup_logging
+from mm_core.training.consensus import agree_on_job, agree_on_plugins, prepared_together
 from mm_core.training.launch import LocalRanks, check_launch, die_with_parent, started_by_launcher
 from mm_core.training.precheck import check_build
 from mm_core.training.run_folder import RunFolder
@@ -28,34 +26,78 @@ from mm_registry.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def train(job: TrainingJob, argv: Sequence[str]) -> int:
-    """Train a checked job and return the exit code: 0, or 143 after SIGTERM.
+def train(job: TrainingJob, argv: Sequence[str], plugins: Mapping[str, Any] | None = None) -> int:
+    """Train a checked job, on this process and the ranks that it starts, and return the exit code: 0, or 143
+    after SIGTERM.
 
     Args:
         job: from `load_training_job`.
         argv: the command line after `mm train`; child ranks get the same.
+        plugins: the plugin set before the job was loaded, which child ranks compare theirs with; by default that
+            of now.
 
     Raises:
         UserError: the model, the policy and the files do not fit together; raised before a rank is started.
     """
     check_launch(job.flags)
-    check_build(job)
-    # Annotations and headers are read before weights, and before anything is written.
-    dataset = build_dataset(job.components["dataset"], job.flags.seed)
-    if started_by_launcher():
-        die_with_parent()
+    dataset = _prepare(job)
+    if started_by_launcher():  # with a single rank
+        _join(job.flags, plugins)
         return _train_rank(job, dataset, None)
     with LocalRanks(job.flags, argv) as children:
+        _join(job.flags, plugins)
+        with prepared_together():
+            pass  # this rank is ready; the others load the job now
         return _train_rank(job, dataset, children)
+
+
+def train_launched(flags: TrainFlags, check: Callable[[], None] | None = None) -> int:
+    """Train as one of several ranks that a launcher started (torchrun, or `train` of rank 0), and return the exit
+    code.
+
+    The ranks meet first: they agree on the plugins before an id means anything, and a mistake that one of them
+    finds in its files ends all of them.
+
+    Args:
+        flags: of this rank.
+        check: what else this rank has to make sure of before it loads the job.
+
+    Raises:
+        UserError: the ranks see different plugins, or the job is wrong on some rank; raised on every rank.
+    """
+    check_launch(flags)
+    die_with_parent()
+    _join(flags, None)
+    with prepared_together():
+        if check is not None:
+            check()
+        job = load_training_job(flags)
+        dataset = _prepare(job)
+    return _train_rank(job, dataset, None)
+
+
+def _join(flags: TrainFlags, plugins: Mapping[str, Any] | None) -> None:
+    """Meet the other ranks; what they agree on first is the plugins."""
+    Accelerator.current().init_process_group(flags.distributed_backend, flags.distributed_timeout_minutes)
+    if dist.get_world_size() > 1:
+        agree_on_plugins(default_manager().plugin_set() if plugins is None else plugins)
+
+
+def _prepare(job: TrainingJob) -> Any:
+    """Build on the meta device, and open the data: what can be known before weights, devices and ranks."""
+    # From here on an id means what it meant to the checks.
+    default_manager().freeze()
+    check_build(job)
+    # Annotations and headers are read before weights, and before anything is written.
+    return build_dataset(job.components["dataset"], job.flags.seed)
 
 
 def _train_rank(job: TrainingJob, dataset: Any, children: LocalRanks | None) -> int:
     accelerator = Accelerator.current()
-    accelerator.init_process_group(job.flags.distributed_backend, job.flags.distributed_timeout_minutes)
     rank = dist.get_rank()
     run = RunFolder(Path(job.flags.save)) if job.flags.save else None
     try:
-        _agree(job)
+        agree_on_job(job)
         removed = _open(run, job, rank)
         setup_logging(rank, run.logs if run else None)
         for name in removed:
@@ -75,26 +117,6 @@ def _train_rank(job: TrainingJob, dataset: Any, children: LocalRanks | None) -> 
     finally:
         if run is not None:
             run.close()
-
-
-def _agree(job: TrainingJob) -> None:
-    """Every rank must have read the same configuration and see the same plugins.
-
-    Raises:
-        UserError: on every rank, naming the ranks that differ from rank 0.
-    """
-    if dist.get_world_size() == 1:
-        return
-    text = default_manager().fingerprint() + json.dumps(job.resolved()["values"], sort_keys=True, default=str)
-    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).long()
-    digests = [torch.empty_like(digest) for _ in range(dist.get_world_size())]
-    dist.all_gather(digests, digest)
-    odd = [i for i, other in enumerate(digests) if not torch.equal(other, digests[0])]
-    if odd:
-        raise UserError(
-            f"ranks {odd} read another configuration or see other plugins than rank 0; every machine needs the same files "
-            "and the same installed distributions (compare `mm list` on each)."
-        )
 
 
 def _open(run: RunFolder | None, job: TrainingJob, rank: int) -> list[str]:

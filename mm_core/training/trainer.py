@@ -109,7 +109,7 @@ class Trainer:
         random_init = folder is None and load is None
         materialize(predictor, self.device, self.flags.seed, random_init=random_init)
         if folder is not None:
-            load_predictor_folder(predictor, Path(folder).expanduser())
+            load_predictor_folder(predictor, folder, section)
             log.info("predictor: weights of %s", folder)
         elif random_init:
             log.info("predictor has random weights, as its section asks")

@@ -4,8 +4,10 @@ from mm_core._lazy import lazy_exports
 
 __all__ = [
     "CheckpointError",
+    "StateDictAdapter",
     "WeightsError",
     "complete_checkpoints",
+    "find_adapter",
     "is_hf_folder",
     "latest_checkpoint",
     "load_checkpoint",
@@ -15,14 +17,17 @@ __all__ = [
     "remove_temporaries",
     "resolve_load",
     "save_checkpoint",
+    "save_hf_folder",
 ]
 
 __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "CheckpointError": "mm_core.weights.errors",
+        "StateDictAdapter": "mm_core.weights.adapter",
         "WeightsError": "mm_core.weights.errors",
         "complete_checkpoints": "mm_core.weights.layout",
+        "find_adapter": "mm_core.weights.adapter",
         "is_hf_folder": "mm_core.weights.hf_folder",
         "latest_checkpoint": "mm_core.weights.layout",
         "load_checkpoint": "mm_core.weights.checkpoint",
@@ -32,5 +37,6 @@ __getattr__, __dir__ = lazy_exports(
         "remove_temporaries": "mm_core.weights.layout",
         "resolve_load": "mm_core.weights.layout",
         "save_checkpoint": "mm_core.weights.checkpoint",
+        "save_hf_folder": "mm_core.weights.hf_save",
     },
 )

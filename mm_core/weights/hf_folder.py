@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mm_core.weights.adapter import StateDictAdapter, renamed
 from mm_core.weights.agreement import ranks_agree
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.tensors import compare_keys, local_part, shortened, state_tensors
@@ -32,18 +33,18 @@ def is_hf_folder(path: Path) -> bool:
     )
 
 
-def load_hf_folder(module: nn.Module, folder: Path) -> None:
+def load_hf_folder(module: nn.Module, folder: Path, adapter: StateDictAdapter | None = None) -> None:
     """Copy all weights of a folder into a module, in place; dtypes are converted on the way.
 
     Args:
         module: materialised (not on meta); sharded parameters take their slices. Ranks that share a mesh
             call this together.
         folder: holds `*.safetensors`: one file, or several with an index.
+        adapter: says what the folder's keys are called in the module; without one they are the same.
 
     Raises:
-        WeightsError: no such folder or file, unsafe paths in the index, or keys that are missing, unexpected
-            or of another shape;
-            all of those are listed together.
+        WeightsError: no such folder or file, unsafe paths in the index, an adapter that is not one to one, or
+            keys that are missing, unexpected or of another shape; all of these are listed together.
     """
     folder = Path(folder)
     targets = state_tensors(module)
@@ -51,7 +52,7 @@ def load_hf_folder(module: nn.Module, folder: Path) -> None:
     with ranks_agree(f"loading {folder}", alone=not sharded):
         files = weight_files(folder)
         with torch.no_grad():
-            _load(targets, folder, files)
+            _load(targets, folder, files, adapter)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -102,38 +103,54 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _load(targets: dict[str, torch.Tensor], folder: Path, files: list[Path]) -> None:
+def _load(
+    targets: dict[str, torch.Tensor], folder: Path, files: list[Path], adapter: StateDictAdapter | None
+) -> None:
     where: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    stored: dict[str, tuple[int, ...]] = {}
     for file in files:
         with _open(file) as source:
-            for name in source.keys():  # noqa: SIM118 - it is no dict and cannot be iterated
-                if name in where:
-                    raise WeightsError(f"{folder}: {name} is in {where[name].name} and in {file.name}.")
-                where[name] = file
-                shapes[name] = tuple(source.get_slice(name).get_shape())
-    _check(targets, shapes, folder)
+            for key in source.keys():  # noqa: SIM118 - it is no dict and cannot be iterated
+                if key in where:
+                    raise WeightsError(f"{folder}: {key} is in {where[key].name} and in {file.name}.")
+                where[key] = file
+                stored[key] = tuple(source.get_slice(key).get_shape())
+    names = renamed(adapter, stored)
+    shapes = {names[key]: shape for key, shape in stored.items()}
+    _check(targets, shapes, folder, {name: key for key, name in names.items()})
     read = 0
     for file in files:
         with _open(file) as source:
-            for name in (n for n, owner in where.items() if owner == file):
+            for key in (k for k, owner in where.items() if owner == file):
+                name = names[key]
                 storage, slices = local_part(targets[name])
                 if storage.is_meta:
                     raise RuntimeError(f"{name} is on the meta device; call materialize() first.")
                 if storage.numel() == 0:
                     continue  # an uneven shard: this rank has no row of it
                 whole = not slices or tuple(s.stop - s.start for s in slices) == shapes[name]
-                value = source.get_tensor(name) if whole else source.get_slice(name)[slices]
+                value = source.get_tensor(key) if whole else source.get_slice(key)[slices]
                 storage.copy_(value)
                 read += value.numel() * value.element_size()
     log.info("read %.1f MB of %s", read / 1e6, folder)
 
 
-def _check(targets: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], folder: Path) -> None:
+def _check(
+    targets: dict[str, torch.Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    folder: Path,
+    keys: dict[str, str],
+) -> None:
+    """Compare by the module's names; `keys` says what the folder calls them."""
     # Tied weights are stored once, under any of their names.
     stored = {id(targets[name]) for name in shapes if name in targets}
     wanted = {name for name, tensor in targets.items() if name in shapes or id(tensor) not in stored}
     missing, unexpected = compare_keys(wanted, shapes)
+    renames = [
+        f"  renamed: {keys[name]} of the folder is {name} to the weights adapter"
+        for name in sorted(shapes.keys() - wanted)
+        if keys[name] != name
+    ]
     wrong = [
         f"  shape: {name} is {list(shapes[name])} in the file, {list(targets[name].shape)} in the model"
         for name in sorted(wanted & shapes.keys())
@@ -141,7 +158,8 @@ def _check(targets: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]],
     ]
     if missing or unexpected or wrong:
         raise WeightsError(
-            f"{folder} does not fit the model:\n" + "\n".join([*missing, *unexpected, *shortened(wrong, 20)])
+            f"{folder} does not fit the model:\n"
+            + "\n".join([*missing, *unexpected, *shortened(renames, 20), *shortened(wrong, 20)])
         )
 
 

@@ -1,29 +1,36 @@
-"""Reads the metadata of installed distributions. Imports none of them, and no stranger's broken metadata
-stops it.
+"""Finds the installed distributions that declare entries of ours. Imports none of them, and no stranger's
+broken metadata stops it.
 
-A distribution whose entry_points.txt does not contain `mm_core.` costs one small file read and is not parsed.
-Every access to one distribution's files is guarded: what fails becomes a `Diagnostic`, the others go on.
+One listing per folder on the path, one small read per distribution: where entry_points.txt does not contain
+`mm_core.`, nothing else is looked at. Every access to one distribution's files is guarded: what fails becomes
+a `Diagnostic`, the others go on.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-from urllib.parse import urlsplit, urlunsplit
-from urllib.request import url2pathname
-
-import importlib_metadata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from mm_registry.groups import PREFIX
+from mm_registry.metadata_files import ENTRY_POINTS, MetadataError, decode, parse_entry_points
+from mm_registry.origin import linked_source, origin_of
+from mm_registry.search import Copy, Search, say
 from mm_registry.spec import Diagnostic, canonical_name
 
+_UTF8_MARK = b"\xef\xbb\xbf"
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One distribution that declares entries of ours; `entries` are (group, name, value) as written."""
+
+class Record(NamedTuple):
+    """One distribution that declares entries of ours.
+
+    Attributes:
+        name, version: as its metadata states them.
+        path, editable, origin: as in `EntrySpec`.
+        requires: its `Requires-Dist` lines.
+        entries: (group, name, value) of each entry of ours, as written.
+        info: its metadata folder; empty if a custom finder tells none.
+    """
 
     name: str
     version: str
@@ -32,115 +39,78 @@ class Record:
     origin: str
     requires: tuple[str, ...]
     entries: tuple[tuple[str, str, str], ...]
+    info: str = ""
 
 
-@dataclass(slots=True)
-class _Found:
-    """A metadata folder that was found; `info` is its path, empty if a custom finder gives none."""
-
-    dist: importlib_metadata.IDistribution
-    info: str
-    name: str
-    entry_points: str = ""
-    failed: bool = False
-
-    @property
-    def is_egg(self) -> bool:
-        return self.info.lower().endswith("egg-info")
-
-
-@dataclass(slots=True)
 class Installed:
-    """Every distribution on the path by canonical name, those that declare entries of ours as records, and
-    what was odd.
+    """Every distribution on the path.
+
+    Attributes:
+        records: those that declare entries of ours, by canonical name.
+        diagnostics: what was odd, sorted by content.
     """
 
-    records: list[Record] = field(default_factory=list)
-    diagnostics: list[Diagnostic] = field(default_factory=list)
-    _found: dict[str, list[_Found]] = field(default_factory=dict)
+    def __init__(
+        self, records: Iterable[Record], diagnostics: Iterable[Diagnostic], copies: Mapping[str, list[Copy]]
+    ) -> None:
+        self.records = tuple(records)
+        self.diagnostics = tuple(
+            sorted(diagnostics, key=lambda d: (d.level, d.code, d.distribution, d.path, d.message))
+        )
+        self._copies = copies
+        self._versions: dict[str, str | None] = {}
 
     def version(self, distribution: str) -> str | None:
         """The installed version of a distribution; None if it is not installed or does not say."""
-        found = min(self._found.get(canonical_name(distribution), []), key=_preference, default=None)
-        if found is None:
-            return None
-        try:
-            return found.dist.version
-        except Exception:  # noqa: BLE001 - a stranger's metadata can fail in any way; then it states no version
-            return None
+        name = canonical_name(distribution)
+        if name not in self._versions:
+            self._versions[name] = next(
+                filter(None, map(_version, _by_preference(self._copies.get(name, [])))), None
+            )
+        return self._versions[name]
+
+    def record(self, distribution: str) -> Record | None:
+        """The record of a distribution; None if it is not installed or declares no entries of ours."""
+        name = canonical_name(distribution)
+        return next((record for record in self.records if canonical_name(record.name) == name), None)
 
 
 def read_installed(path: Sequence[str]) -> Installed:
     """Read the distributions on `path` (entries as in `sys.path`)."""
-    # A package installed a moment ago may share its folder's time stamp with the last listing.
-    importlib_metadata.MetadataPathFinder.invalidate_caches()
-    installed = Installed()
-    for found in _search(path, installed.diagnostics):
-        installed._found.setdefault(found.name, []).append(found)
-    for name in sorted(installed._found):
-        copies = installed._found[name]
-        if not any(PREFIX in copy.entry_points for copy in copies):
-            continue
-        record = _record_of(copies, installed.diagnostics)
-        if record is not None and record.entries:
-            installed.records.append(record)
-    return installed
+    search = Search()
+    search.run(path)
+    records = [_record_of(search.copies[name], search) for name in sorted(search.mentioned)]
+    ours = (record for record in records if record is not None and record.entries)
+    return Installed(ours, search.diagnostics, search.copies)
 
 
-def _search(path: Sequence[str], diagnostics: list[Diagnostic]) -> Iterator[_Found]:
-    """Yield each metadata folder once, in the order of `path`, with its entry_points.txt read."""
-    seen: set[str] = set()
-    for folder in dict.fromkeys(os.path.abspath(entry) for entry in path if isinstance(entry, str)):
-        try:
-            dists = list(importlib_metadata.distributions(path=[folder]))
-        except Exception as error:  # noqa: BLE001 - a broken finder or archive must not hide the rest of the path
-            message = f"{folder} cannot be searched for distributions: {_say(error)}"
-            diagnostics.append(Diagnostic("error", "unreadable-path", message, "", folder))
-            continue
-        for dist in dists:
-            info = str(getattr(dist, "_path", ""))
-            place = os.path.realpath(info) if info else f"{id(dist)}"
-            if place in seen:
-                continue
-            seen.add(place)
-            if os.path.basename(info).startswith("~"):
-                continue  # what an interrupted pip leaves behind; pip does not count it as installed either
-            found = _Found(dist, info, _stem(info))
-            try:
-                found.name = found.name or canonical_name(dist.name)
-                found.entry_points = dist.read_text("entry_points.txt") or ""
-            except Exception as error:  # noqa: BLE001 - one guarded call per distribution, see the module's docstring
-                found.failed = True
-                diagnostics.append(_unreadable(found, error))
-            if found.name:
-                yield found
-
-
-def _record_of(copies: list[_Found], diagnostics: list[Diagnostic]) -> Record | None:
+def _record_of(copies: list[Copy], search: Search) -> Record | None:
     """Read the copy that counts, or else the next that can be read; None if none can."""
-    for found in sorted(copies, key=_preference):
-        if found.failed:
+    ordered = _by_preference(copies)
+    for copy in ordered:
+        if copy.failed:
             continue
         try:
-            record = _read(found, diagnostics)
+            record = _read(copy, search)
         except Exception as error:  # noqa: BLE001 - one guarded call per distribution, see the module's docstring
-            found.failed = True
-            diagnostics.append(_unreadable(found, error))
+            search.failed(copy, error)
             continue
-        diagnostics.extend(_differing(record, found, (copy for copy in copies if copy is not found)))
+        search.diagnostics.extend(
+            _differing(record, copy, (other for other in ordered if other is not copy), search)
+        )
         return record
     return None
 
 
-def _differing(record: Record, chosen: _Found, others: Iterable[_Found]) -> Iterator[Diagnostic]:
+def _differing(record: Record, chosen: Copy, others: Iterable[Copy], search: Search) -> Iterator[Diagnostic]:
     """What to say of the other copies of a distribution."""
     for other in others:
         if other.failed:
             continue
         try:
-            version = other.dist.version
+            version = other.fields().version
         except Exception as error:  # noqa: BLE001 - one guarded call per distribution, see the module's docstring
-            yield _unreadable(other, error)
+            search.failed(other, error)
             continue
         if version != record.version:
             what = f"version {version}"
@@ -149,73 +119,67 @@ def _differing(record: Record, chosen: _Found, others: Iterable[_Found]) -> Iter
         else:
             continue
         message = (
-            f"{record.name} {record.version} ({chosen.info}) is used; {what} is on the path too "
-            f"({other.info}): remove the one that you do not mean"
+            f"{record.name} {record.version} ({record.info}) is used; {what} is on the path too "
+            f"({other.folder.info}): remove the one that you do not mean"
         )
-        yield Diagnostic("warning", "installed-twice", message, record.name, other.info)
+        yield Diagnostic("warning", "installed-twice", message, record.name, other.folder.info)
 
 
-def _preference(copy: _Found) -> bool:
-    """Sorting key: what is installed (dist-info) before a build's leftover (egg-info), then path order."""
-    return copy.is_egg
+def _by_preference(copies: Iterable[Copy]) -> list[Copy]:
+    """What is installed (dist-info) before a build's leftover (egg-info), then as Python imports: by order
+    of the path. In one folder, where that says nothing, the newest first.
+    """
+    ordered = sorted(copies, key=lambda copy: copy.base)
+    if len({(copy.is_egg, copy.place) for copy in ordered}) < len(ordered):
+        ordered.sort(key=_age, reverse=True)
+    ordered.sort(key=lambda copy: (copy.is_egg, copy.place))
+    return ordered
 
 
-def _read(found: _Found, diagnostics: list[Diagnostic]) -> Record:
-    dist = found.dist
-    metadata = dist.metadata
-    name, version = metadata.get("Name"), metadata.get("Version")
-    if not name or not version:
-        raise ValueError(f"its metadata states no {'Version' if name else 'Name'}")
-    entries = tuple((e.group, e.name, e.value) for e in dist.entry_points if e.group.startswith(PREFIX))
-    location = os.path.abspath(str(dist.locate_file("")))
+def _age(copy: Copy) -> tuple[bool, Any]:
+    from packaging.version import InvalidVersion, Version
+
     try:
-        editable, origin, path = _origin(dist.read_text("direct_url.json"), location, found.is_egg)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        editable, origin, path = False, "unknown", location
-        message = f"{name} {version}: direct_url.json cannot be read ({_say(error)}): its origin is unknown"
-        diagnostics.append(Diagnostic("warning", "unreadable-origin", message, name, found.info))
-    return Record(name, version, path, editable, origin, tuple(dist.requires or ()), entries)
+        return True, Version(_version(copy) or "")
+    except InvalidVersion:
+        return False, Version("0")
 
 
-def _origin(direct_url: str | None, location: str, is_egg: bool) -> tuple[bool, str, str]:
-    """(editable, origin, path) from direct_url.json (PEP 610), which installs from an index do not have."""
-    if direct_url is None:
-        return (False, f"source {location}", location) if is_egg else (False, "wheel", location)
-    data: dict[str, Any] = json.loads(direct_url)
-    parts = urlsplit(data["url"])
-    where = url2pathname(parts.path) if parts.scheme == "file" else _without_password(data["url"])
-    if "dir_info" in data:
-        if data["dir_info"].get("editable"):
-            return True, f"editable {where}", where
-        return False, f"local {where}", location
-    if "vcs_info" in data:
-        vcs = data["vcs_info"]
-        return False, f"{vcs['vcs']}+{where}@{vcs.get('commit_id', '')[:12]}", location
-    return False, f"{'wheel' if where.endswith('.whl') else 'archive'} {where}", location
+def _version(copy: Copy) -> str | None:
+    try:
+        return copy.fields().version
+    except Exception:  # noqa: BLE001 - a stranger's metadata can fail in any way; then it states no version
+        return None
 
 
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+def _read(copy: Copy, search: Search) -> Record:
+    folder = copy.folder
+    fields = copy.fields()
+    name, version = fields.name, fields.version
+    if not name or not version:
+        raise MetadataError(f"its metadata states no {'Version' if name else 'Name'}")
 
+    def odd(level: str, code: str, message: str) -> None:
+        search.diagnostics.append(Diagnostic(level, code, f"{name} {version}: {message}", name, folder.info))
 
-def _stem(info: str) -> str:
-    """The canonical name in a metadata folder's name; `foo-1.0.egg/EGG-INFO` is named by its parent."""
-    base = os.path.basename(info.rstrip("/\\"))
-    if base.lower() == "egg-info":
-        base = os.path.basename(os.path.dirname(info.rstrip("/\\")))
-    return canonical_name(base.rpartition(".")[0].partition("-")[0])
-
-
-def _unreadable(found: _Found, error: Exception) -> Diagnostic:
-    where = found.info or repr(found.dist)
-    message = (
-        f"the metadata of {found.name or 'a distribution'} ({where}) cannot be read: {_say(error)}; "
-        "reinstall or remove it"
-    )
-    return Diagnostic("error", "unreadable-metadata", message, found.name, found.info)
-
-
-def _say(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+    if copy.entry_points.startswith(_UTF8_MARK):
+        said = "entry_points.txt starts with a byte order mark, so other tools skip its first section"
+        odd("warning", "byte-order-mark", f"{said}; save it without one, and reinstall")
+    text = decode(ENTRY_POINTS, copy.entry_points.removeprefix(_UTF8_MARK))
+    # Spaces inside the brackets make another group, which no one asks for: it is told as misnamed.
+    entries = tuple(entry for entry in parse_entry_points(text) if entry[0].strip().startswith(PREFIX))
+    try:
+        direct_url = folder.read("direct_url.json")
+        text_of_url = None if direct_url is None else decode("direct_url.json", direct_url)
+        editable, origin, path = origin_of(text_of_url, folder.location, is_egg=copy.is_egg)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        editable, origin, path = False, "unknown", folder.location
+        said = f"direct_url.json cannot be read ({say(error)}), so its origin is unknown"
+        odd("warning", "unreadable-origin", f"{said}; reinstall it")
+    if copy.is_egg and linked_source(search.egg_links, copy.name, path):
+        editable, origin = True, f"editable {path}"
+    if editable and not os.path.isdir(path):
+        said = f"its editable install points to {path}, which does not exist"
+        mend = f"install it again from where its source is now, or run: pip uninstall {name}"
+        odd("error", "missing-source", f"{said}; {mend}")
+    return Record(name, version, path, editable, origin, fields.requires, entries, folder.info)

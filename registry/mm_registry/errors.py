@@ -75,13 +75,29 @@ class AmbiguousIdError(RegistryError):
 
 
 class UnavailablePluginError(RegistryError):
-    """The id exists but may not be used: blocked, made for another API version, or an extra is not
-    installed.
+    """The id exists but may not be used: its distribution is disabled or not on an allow list, it is made
+    for another API version, or an extra is not installed.
     """
 
     def __init__(self, message: str, spec: EntrySpec | None = None) -> None:
         super().__init__(message)
         self.spec = spec
+
+
+class SelectionError(RegistryError):
+    """A selection of plugins (a file, or `plugins` of a job) cannot be used. `path` and `line` say where it
+    stands, `key` which of its keys is meant: `("disable", 0)`, `("prefer", "predictor/wandit")`.
+    """
+
+    def __init__(
+        self, message: str, path: str = "", line: int | None = None, key: tuple[str | int, ...] = ()
+    ) -> None:
+        where = f"{path}:{line}: " if path and line is not None else f"{path}: " if path else ""
+        super().__init__(f"{where}{message}")
+        self.problem = message
+        self.path = path
+        self.line = line
+        self.key = key
 
 
 class HookError(RegistryError):

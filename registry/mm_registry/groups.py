@@ -5,15 +5,18 @@ from it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 PREFIX = "mm_core."
 HOOKS = "mm_core.hooks"
+ALIASES = "mm_core.aliases"
+FAREWELLS = "mm_core.farewells"
+PROVIDERS = "mm_core.providers"
+EXAMPLES = "mm_core.examples"
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """One entry-point group.
 
     Attributes:
@@ -23,6 +26,8 @@ class Group:
         noun: the same for messages.
         mapping: name of the registry in `mm_core`; None if there is none.
         chosen_by: the key of a configuration whose value is the id, or a list of ids.
+        has_targets: whether values name something to import; the values of the others are facts about ids.
+        contested: whether two distributions with the same entry get into each other's way.
     """
 
     name: str
@@ -30,13 +35,20 @@ class Group:
     noun: str
     mapping: str | None
     chosen_by: str
+    has_targets: bool = True
+    contested: bool = True
 
     @property
     def is_component(self) -> bool:
-        """Whether entries are named by an id of their own, rather than `role/id` (companions) or anything
-        (hooks).
+        """Whether entries are named by an id of their own, rather than `role/id` (companions, facts about
+        ids) or anything (hooks).
         """
         return self.role in ROLES
+
+    @property
+    def by_role(self) -> bool:
+        """Whether entries are named `role/id`."""
+        return self.name in BY_ROLE
 
 
 _COMPONENTS = (
@@ -90,12 +102,44 @@ _COMPANIONS = (
         _BY_COMPONENT,
     ),
     Group("mm_core.weights", "weights", "weights adapter", None, _BY_COMPONENT),
+    Group(EXAMPLES, "example", "example", None, "the conformance kit"),
 )
 
-_HOOKS = Group(HOOKS, "hooks", "hooks module", None, "use of any id of the same distribution, or plugins")
+# What a distribution says about ids, named `role/id` as well; nothing is imported for it.
+_FACTS = (
+    Group(ALIASES, "alias", "alias", None, "use of the old id", has_targets=False),
+    Group(FAREWELLS, "farewell", "farewell", None, "use of a dropped id", has_targets=False, contested=False),
+    Group(
+        PROVIDERS,
+        "provider",
+        "known provider",
+        None,
+        "use of an unknown id",
+        has_targets=False,
+        contested=False,
+    ),
+)
+
+_HOOKS = Group(
+    HOOKS,
+    "hooks",
+    "hooks module",
+    None,
+    "use of any id of the same distribution, or plugins",
+    contested=False,
+)
 
 ROLES: Mapping[str, Group] = MappingProxyType({group.role: group for group in _COMPONENTS})
 GROUPS: Mapping[str, Group] = MappingProxyType(
-    {group.name: group for group in (*_COMPONENTS, *_COMPANIONS, _HOOKS)}
+    {group.name: group for group in (*_COMPONENTS, *_COMPANIONS, *_FACTS, _HOOKS)}
 )
 COMPANION_GROUPS = frozenset(group.name for group in _COMPANIONS)
+BY_ROLE = frozenset(group.name for group in (*_COMPANIONS, *_FACTS))
+
+
+def id_key(group: str, id: str) -> str:
+    """Return the name of an id across groups, `"predictor/wandit"`: what companions are named by, and what
+    `prefer` settles. That of a companion has its own role in front, `"config/predictor/wandit"`; that of an
+    alias is the old id's, which it contests.
+    """
+    return id if group == ALIASES else f"{GROUPS[group].role}/{id}"

@@ -17,13 +17,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pluggy
 
-from mm_registry.errors import HookError
-from mm_registry.spec import EntrySpec
+from mm_registry.errors import HookError, UnavailablePluginError
+from mm_registry.groups import HOOKS
+from mm_registry.selection import CORE_DISTRIBUTIONS
+from mm_registry.spec import RUNTIME, EntrySpec, canonical_name
 from mm_registry.suggestions import closest
+
+if TYPE_CHECKING:
+    from mm_registry.manager import PluginManager
 
 PROJECT = "mm_core"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -142,6 +147,32 @@ class ActiveHooks(pluggy.PluginManager):
             what = f"{spec.provider} implements the hook {names[0]!r} ({spec.target})"
             message = f"{what}, which does not exist; {mend}"
             raise HookError(message, spec.distribution, spec.version, names[0]) from error
+
+
+def activate(manager: PluginManager, distributions: Iterable[str]) -> ActiveHooks:
+    """See `PluginManager.activate`."""
+    active = ActiveHooks()
+    wanted = {canonical_name(name): name for name in distributions if name != RUNTIME}
+    selection = manager.selection
+    for name, written in sorted(wanted.items()):
+        version = manager.version(name)
+        if version is None:
+            near = closest(name, {canonical_name(record.name) for record in manager.distributions()}, 1)
+            mend = f"; did you mean {near[0]!r}?" if near else ""
+            raise UnavailablePluginError(f"the distribution {written!r} is not installed{mend}")
+        if manager.record(name) is None and name not in CORE_DISTRIBUTIONS:
+            raise UnavailablePluginError(
+                f"the distribution {written!r} declares no entry point of MM Zoo, so that it has no hooks either"
+            )
+        excluded = selection.excludes(name)
+        if excluded is not None:
+            raise UnavailablePluginError(f"the hooks of {name} {version} cannot be used: {excluded[1]}")
+    # pluggy calls the module that was registered last first.
+    for spec in reversed(manager.specs(HOOKS)):
+        if canonical_name(spec.distribution) in wanted:
+            active.add(spec, manager.load(spec))
+    active.verify()
+    return active
 
 
 def collect_patches(

@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 import importlib
-import traceback
-from dataclasses import replace
 
 from mm_registry.errors import BrokenPluginError
 from mm_registry.groups import GROUPS
 from mm_registry.spec import EntrySpec, Status
 from mm_registry.suggestions import closest
+
+
+class Imports:
+    """What was imported, and what failed to be: each target is tried once."""
+
+    def __init__(self) -> None:
+        self._objects: dict[tuple[str, str, str], object] = {}
+        self._failures: dict[tuple[str, str, str], BrokenPluginError] = {}
+
+    def load(self, spec: EntrySpec) -> object:
+        """Return the object that an entry's target is.
+
+        Raises:
+            BrokenPluginError: it cannot be imported. A second call says the same without trying again.
+        """
+        self.refuse_failed(spec)
+        if spec.key not in self._objects:
+            # Not under a lock: a module that registers something at its top holds its import lock.
+            try:
+                found = import_target(spec)
+            except BrokenPluginError as error:
+                self._failures[spec.key] = error
+                raise
+            self._objects.setdefault(spec.key, found)
+        return self._objects[spec.key]
+
+    def refuse_failed(self, spec: EntrySpec) -> None:
+        """Raise what an earlier import of the entry raised."""
+        failure = self._failures.get(spec.key)
+        if failure is not None:
+            raise BrokenPluginError(failure.message, failure.spec) from failure.__cause__
+
+    def failed(self, spec: EntrySpec) -> EntrySpec | None:
+        """Return the entry as `broken` if its import failed, else None."""
+        failure = self._failures.get(spec.key)
+        return failure.spec if failure is not None else None
 
 
 def import_target(spec: EntrySpec) -> object:
@@ -23,7 +57,7 @@ def import_target(spec: EntrySpec) -> object:
     try:
         found: object = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise broken(spec, _why_import_failed(spec, module_name, error)) from error
+        raise broken(spec, _why_import_failed(spec, module_name, error), mend=_see(spec)) from error
     for attribute in attributes.split(".") if attributes else ():
         try:
             found = getattr(found, attribute)
@@ -31,16 +65,19 @@ def import_target(spec: EntrySpec) -> object:
             near = closest(attribute, (name for name in dir(found) if name[:1] != "_"), 1)
             mend = f"; did it mean {near[0]!r}?" if near else ""
             reason = f"its target {spec.target} is missing: {_name_of(found)} has no {attribute!r}{mend}"
-            raise broken(spec, reason) from error
+            raise broken(spec, reason, mend=_see(spec)) from error
         except Exception as error:  # a module's own __getattr__ imports lazily, so it fails in the same ways
-            raise broken(spec, _why_import_failed(spec, module_name, error)) from error
+            raise broken(spec, _why_import_failed(spec, module_name, error), mend=_see(spec)) from error
     return found
 
 
-def broken(spec: EntrySpec, reason: str) -> BrokenPluginError:
-    """The error for an entry that exists and cannot be used, `reason` being its second half."""
+def broken(spec: EntrySpec, reason: str, *, mend: str = "") -> BrokenPluginError:
+    """The error for an entry that exists and cannot be used, `reason` being its second half; `mend` is where to
+    learn more.
+    """
+    reason = f"{reason}; {mend}" if mend else reason
     message = f"the {GROUPS[spec.group].noun} {spec.id!r} of {spec.provider} is broken: {reason}"
-    return BrokenPluginError(message, replace(spec, status=Status.BROKEN, detail=reason))
+    return BrokenPluginError(message, spec._replace(status=Status.BROKEN, detail=reason))
 
 
 def _why_import_failed(spec: EntrySpec, module: str, error: BaseException) -> str:
@@ -65,10 +102,16 @@ def _why_import_failed(spec: EntrySpec, module: str, error: BaseException) -> st
     return f"importing its target {spec.target} raised {said}{_place(error)}"
 
 
+def _see(spec: EntrySpec) -> str:
+    return f"run `mm plugin check {spec.distribution} --import` for the traceback"
+
+
 def _place(error: BaseException) -> str:
     """Where it was raised, unless the message of a SyntaxError says so already."""
     if isinstance(error, SyntaxError):
         return ""
+    import traceback  # only failures need it
+
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
 

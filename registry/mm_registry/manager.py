@@ -2,126 +2,165 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 import threading
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from mm_registry.errors import AmbiguousIdError, BrokenPluginError, RegistryError, UnavailablePluginError
-from mm_registry.groups import COMPANION_GROUPS, GROUPS, HOOKS, ROLES
-from mm_registry.loading import broken, import_target
-from mm_registry.selection import VARIABLE, Selection
-from mm_registry.spec import RUNTIME, Diagnostic, DiscoveryReport, EntrySpec, Status, canonical_name
+from mm_registry.errors import RegistryError
+from mm_registry.groups import GROUPS
+from mm_registry.loading import Imports
+from mm_registry.runtime import Registered, RuntimeEntries
+from mm_registry.selection import USUAL, Selection, SelectionLayer, layers_of
+from mm_registry.spec import EXCLUDED, RUNTIME, Diagnostic, DiscoveryReport, EntrySpec, canonical_name
 from mm_registry.suggestions import closest, unknown_id
 
 if TYPE_CHECKING:
-    from mm_registry.discovery import Installed
+    from mm_registry.discovery import Installed, Record
+    from mm_registry.explain import Explanation
     from mm_registry.hooks import ActiveHooks
+    from mm_registry.resolution import Claims, Meaning
 
-_Claims = Mapping[str, Mapping[str, Sequence[EntrySpec]]]  # group -> id -> claims, by distribution name
+Place = str | os.PathLike[str] | None
 
 
 class PluginManager:
     """Finds entries by metadata alone, decides between claims, imports targets once.
 
-    Metadata is read at the first question and kept: a manager is a snapshot of the environment.
+    Metadata and selection files are read at the first question and kept: a manager is a snapshot of the
+    environment. Every method that asks something raises SelectionError if a selection file cannot be used.
 
     Args:
         path: where to look for distributions; None means `sys.path` at the first question. (Targets are
             always imported the usual way, through `sys.path`.)
         environ: where to read `MM_PLUGINS`; None means `os.environ` at the first question.
+        environment_file: the environment's selection file; None means that none is read.
+        project_folder: where to look for the project's selection file, upwards; None means nowhere.
     """
 
     def __init__(
-        self, path: Sequence[str] | None = None, *, environ: Mapping[str, str] | None = None
+        self,
+        path: Sequence[str] | None = None,
+        *,
+        environ: Mapping[str, str] | None = None,
+        environment_file: Place = USUAL,
+        project_folder: Place = USUAL,
     ) -> None:
         self._path = path
         self._environ = environ
+        self._places: tuple[Place, Place] = (environment_file, project_folder)
         self._lock = threading.RLock()
         self._installed: Installed | None = None
         self._found: tuple[EntrySpec, ...] = ()
-        self._diagnostics: tuple[Diagnostic, ...] = ()
-        self._selection = Selection()
-        self._runtime: dict[tuple[str, str], tuple[EntrySpec, object, bool]] = {}
-        self._claims_cache: _Claims | None = None
-        self._objects: dict[tuple[str, str, str], object] = {}
-        self._failures: dict[tuple[str, str, str], BrokenPluginError] = {}
+        self._odd: tuple[Diagnostic, ...] = ()
+        self._layers: tuple[SelectionLayer, ...] = ()
+        self._job: SelectionLayer | None = None
+        self._runtime = RuntimeEntries()
+        self._claims_cache: tuple[int, Claims] | None = None
+        self._imports = Imports()
+        self.warned_of: set[tuple[str, str]] = set()  # (group, old id) of which a warning was logged
 
     # What there is
 
     def discover(self) -> DiscoveryReport:
         """Return every entry that is installed or registered, and what was odd. Imports no plugin."""
-        from mm_registry.claims import with_ambiguity
-
-        self._read()
-        entries = (spec for ids in self._claims().values() for claims in ids.values() for spec in claims)
-        return DiscoveryReport(
-            with_ambiguity(self._after_imports(spec) for spec in entries), self._diagnostics
-        )
+        claims = self._claims()
+        entries = (spec for ids in claims.groups.values() for specs in ids.values() for spec in specs)
+        shown = sorted((self._shown(claims, spec) for spec in entries), key=lambda spec: spec.key)
+        return DiscoveryReport(tuple(shown), self._diagnostics())
 
     def specs(self, group: str) -> tuple[EntrySpec, ...]:
         """Return the entries of a group by id, then distribution; unusable ones too, `status` and `detail`
         saying why.
         """
-        from mm_registry.claims import with_ambiguity
-
-        entries = (spec for claims in self._ids(group).values() for spec in claims)
-        return with_ambiguity(self._after_imports(spec) for spec in entries)
+        claims = self._claims()
+        entries = (spec for specs in self._ids(group).values() for spec in specs)
+        return tuple(sorted((self._shown(claims, spec) for spec in entries), key=lambda spec: spec.key))
 
     def ids(self, group: str) -> tuple[str, ...]:
-        """Return the ids that are claimed in a group, sorted."""
+        """Return the ids that are claimed in a group, sorted; old ids (aliases) are not among them."""
         return tuple(sorted(self._ids(group)))
 
     def version(self, distribution: str) -> str | None:
         """Return the version of an installed distribution, ours or not; None if it is not installed."""
         return self._read().version(distribution)
 
-    def fingerprint(self) -> str:
-        """Return a hex digest of every usable claim (group, id, distribution, version, target) and of the
-        core's versions: equal where the same ids mean the same things. Folders do not count.
+    def distributions(self) -> tuple[Record, ...]:
+        """Return what the metadata of every distribution with entries of ours says, by name."""
+        return tuple(sorted(self._read().records, key=lambda record: canonical_name(record.name)))
+
+    def record(self, distribution: str) -> Record | None:
+        """Return the same of one distribution; None if it is not installed or has no entry of ours."""
+        return self._read().record(distribution)
+
+    def plugin_set(self) -> dict[str, Any]:
+        """Return, JSON-able, what decides the meaning of ids: `{"core": {distribution: version}, "claims":
+        [[group, id, distribution, version, target], …]}` with the usable claims that did not lose their id.
+        Folders do not count.
         """
-        claims = [
-            [*spec.key, spec.version, spec.target]
-            for spec in self.discover().entries
-            if spec.status is not Status.BLOCKED
-        ]
-        core = [self.version("mmzoo-registry"), self.version("mmzoo-core")]
-        return hashlib.sha256(json.dumps([core, sorted(claims)]).encode()).hexdigest()
+        from mm_registry.explain import plugin_set
+
+        return plugin_set(self._claims(), self.version)
+
+    def fingerprint(self) -> str:
+        """Return a hex digest of `plugin_set()`: equal where the same ids mean the same things."""
+        import hashlib
+        import json
+
+        return hashlib.sha256(json.dumps(self.plugin_set(), sort_keys=True).encode()).hexdigest()
 
     # Which entry an id means
 
     def resolve(self, group: str, id: str, distribution: str | None = None) -> EntrySpec:
-        """Return the entry that `id` (or `distribution/id`) means in a group. Imports nothing.
+        """Return the entry that `id` (or `distribution/id`) means in a group; an old id means the entry of
+        its new one. Imports nothing.
 
         Raises:
             UnknownIdError: nothing offers it.
-            AmbiguousIdError: several distributions do, and none was named.
-            UnavailablePluginError: it is blocked, made for another API version, or lacks an extra.
+            AmbiguousIdError: several distributions do, and neither the id nor a `prefer` names one.
+            UnavailablePluginError: it is disabled or not allowed, made for another API version, or lacks an
+                extra.
             BrokenPluginError: its declaration is malformed, or its import failed before.
         """
-        claims, name, distribution = self._claimants(group, id, distribution)
-        if not claims:
+        from mm_registry.resolution import ambiguous, refuse_unusable
+
+        meaning = self._meaning(group, id, distribution)
+        if not meaning.claims:
             raise unknown_id(
                 group,
-                name,
-                self._claims(),
+                meaning.id,
+                self._claims().groups,
                 self.version,
-                distribution=distribution,
-                diagnostics=self._diagnostics,
+                distribution=meaning.distribution,
+                diagnostics=self._odd,
             )
-        return self._decide(claims)
+        if meaning.spec is None:
+            contenders = [spec for spec in meaning.claims if spec.status not in EXCLUDED]
+            raise ambiguous(group, meaning.id, contenders)
+        refuse_unusable(meaning.spec)
+        self._imports.refuse_failed(meaning.spec)
+        return meaning.spec
 
     def offers(self, group: str, id: str) -> bool:
-        """Whether any distribution claims `id` (or `distribution/id`), usable or not."""
-        return bool(self._claimants(group, id)[0])
+        """Whether any distribution claims `id` (or `distribution/id`, or the old id), usable or not."""
+        return bool(self._meaning(group, id).claims)
+
+    def alias(self, group: str, id: str) -> str | None:
+        """Return what to write instead if `id` is an old id; None if it is none."""
+        meaning = self._meaning(group, id)
+        if meaning.alias is None or meaning.spec is None or meaning.spec is meaning.alias:
+            return None
+        new = meaning.spec
+        plain = self._meaning(group, new.id).spec
+        if meaning.distribution is None and plain is not None and plain.key == new.key:
+            return new.id
+        return new.qualified_id
 
     def find(self, group: str, id: str, distribution: str | None = None) -> EntrySpec | None:
-        """Return the optional companion of a component (its config class, sharding policy or weights
-        adapter), or None.
+        """Return the optional companion of a component (its config class, sharding policy, weights adapter or
+        example), or None.
 
         Args:
             group: `"mm_core.configs"`, …
@@ -130,20 +169,67 @@ class PluginManager:
                 same component itself means its companion for that one, so it is not considered for another's.
 
         Raises:
-            AmbiguousIdError, UnavailablePluginError, BrokenPluginError: as `resolve`; blocked ones do not
-                count as there.
+            AmbiguousIdError, UnavailablePluginError, BrokenPluginError: as `resolve`; those of distributions
+                that do not take part do not count.
         """
-        claims = [spec for spec in self._ids(group).get(id, ()) if spec.status is not Status.BLOCKED]
-        if distribution is not None:
-            wanted = canonical_name(distribution)
-            own = [spec for spec in claims if canonical_name(spec.distribution) == wanted]
-            role, _, component = id.partition("/")
-            rivals: set[str] = set()
-            if group in COMPANION_GROUPS and role in ROLES:
-                offers = self._ids(ROLES[role].name).get(component, ())
-                rivals = {canonical_name(spec.distribution) for spec in offers} - {wanted}
-            claims = own or [spec for spec in claims if canonical_name(spec.distribution) not in rivals]
-        return self._decide(claims) if claims else None
+        self._ids(group)  # refuses a group that does not exist
+        claims = self._claims()
+        companions = claims.companions(group, id, distribution)
+        if not companions:
+            return None
+        spec = claims.choose(group, id, companions)
+        self._imports.refuse_failed(spec)
+        return spec
+
+    def explain(self, group: str, id: str) -> Explanation:
+        """Return how `id` was decided: every claim with its verdict, the lines of selection that mattered, and
+        the outcome in words. Imports nothing; an unknown id is an outcome, not an error.
+        """
+        from mm_registry.explain import explain
+
+        return explain(self, self._claims(), self._meaning(group, id), group, id)
+
+    # Which distributions take part
+
+    @property
+    def selection(self) -> Selection:
+        """What `MM_PLUGINS`, the selection files and the job say together."""
+        self._read()
+        return Selection((*self._layers, self._job) if self._job is not None else self._layers)
+
+    def select_for_job(self, layer: SelectionLayer | None) -> None:
+        """Let a job's own selection take the place of the last one's; None takes that away. Claims are decided
+        anew; objects that were imported stay.
+
+        Raises:
+            RegistryError: the manager is frozen, and this changes something.
+        """
+        with self._lock:
+            if layer == self._job:
+                return
+            if self._runtime.frozen:
+                raise RegistryError(
+                    "a job's selection of plugins cannot be applied: the registries are frozen, because a job "
+                    "runs on what they offered at its start; use a process of its own"
+                )
+            self._job = layer
+            self._claims_cache = None
+
+    def unmatched(self, layer: SelectionLayer) -> list[tuple[str, tuple[str, str], str]]:
+        """Return (code, (key, name), message) for each name in a layer that is no installed distribution, and
+        for each `prefer` that names one without such an entry.
+        """
+        from mm_registry.claims import preferred_without_claim
+
+        installed = self._read()
+        names = {canonical_name(record.name) for record in installed.records}
+        runtime = (spec for spec, _, _ in list(self._runtime.entries.values()))
+        absent = layer.unmatched(names, lambda name: installed.version(name) is not None)
+        idle = preferred_without_claim(layer, names, (*self._found, *runtime))
+        return [
+            *(("selected-not-installed", key, message) for key, message in absent),
+            *(("preferred-without-claim", key, message) for key, message in idle),
+        ]
 
     # Its import
 
@@ -154,25 +240,15 @@ class PluginManager:
         Raises:
             BrokenPluginError: it cannot be imported. A second call says the same without trying again.
             UnavailablePluginError: the entry must not be used (see `resolve`).
+            RegistryError: the entry is a fact about ids, with nothing to import.
         """
         if spec.distribution == RUNTIME:
-            registered = self._runtime.get((spec.group, spec.id))
-            if registered is None:
-                raise RegistryError(
-                    f"{spec.id!r} in {spec.group} was registered by the program and is no longer"
-                )
-            return registered[1]
-        self._refuse_unusable(spec)
-        self._refuse_failed(spec)
-        if spec.key not in self._objects:
-            # Not under our lock: a module that registers something at its top holds its import lock.
-            try:
-                found = import_target(spec)
-            except BrokenPluginError as error:
-                self._failures[spec.key] = error
-                raise
-            self._objects.setdefault(spec.key, found)
-        return self._objects[spec.key]
+            return self._runtime.object(spec)
+        from mm_registry.resolution import refuse_fact, refuse_unusable
+
+        refuse_unusable(spec)
+        refuse_fact(spec)
+        return self._imports.load(spec)
 
     def activate(self, distributions: Iterable[str]) -> ActiveHooks:
         """Import the hooks modules of the named distributions, and of no other, and return them checked.
@@ -182,181 +258,118 @@ class PluginManager:
             BrokenPluginError: a hooks module cannot be imported.
             HookError: it implements a hook that does not exist, or wrongly.
         """
-        from mm_registry.hooks import ActiveHooks
+        from mm_registry.hooks import activate
 
-        active = ActiveHooks()
-        wanted = {canonical_name(name): name for name in distributions if name != RUNTIME}
-        for name, written in sorted(wanted.items()):
-            if self.version(name) is None:
-                near = closest(name, {canonical_name(spec.distribution) for spec in self._found}, 1)
-                mend = f"; did you mean {near[0]!r}?" if near else ""
-                raise UnavailablePluginError(f"the distribution {written!r} is not installed{mend}")
-        # pluggy calls the module that was registered last first.
-        for spec in reversed(self.specs(HOOKS)):
-            if canonical_name(spec.distribution) in wanted:
-                active.add(spec, self.load(spec))
-        active.verify()
-        return active
+        return activate(self, distributions)
 
     # What the program registers itself
 
     def register(self, group: str, id: str, obj: object, *, replace: bool = False) -> EntrySpec:
-        """Offer `obj` as `id`, as if a distribution named "runtime" did. With `replace`, it stands in for all
-        other claims.
+        """Offer `obj` as `id`, as if a distribution named "runtime" did. With `replace`, the plain id means it
+        whatever else claims the id.
 
         Raises:
-            RegistryError: the program registered another object under this id, or the id is malformed.
+            RegistryError: the program registered another object under this id, the id is malformed, the group
+                holds nothing to import, or it is frozen.
         """
         from mm_registry.claims import misnamed
 
         problem = misnamed(group, id)
+        if problem is None and not GROUPS[group].has_targets:
+            problem = f"{group} holds facts about ids, which only a distribution's metadata can state"
         if problem is not None:
             raise RegistryError(problem)
-        target = f"{getattr(obj, '__module__', '?')}:{getattr(obj, '__qualname__', type(obj).__qualname__)}"
-        with self._lock:
-            present = self._runtime.get((group, id))
-            if present is not None and present[1] is not obj and not replace:
-                raise RegistryError(
-                    f"{id!r} in {group} is registered already, as {present[0].target}; "
-                    f"pass replace=True to replace it by {target}"
-                )
-            spec = EntrySpec(id, group, target, RUNTIME, "", "", origin=RUNTIME)
-            self._runtime[group, id] = (spec, obj, replace)
-            self._claims_cache = None
-        return spec
+        return self._runtime.add(group, id, obj, replace=replace)
 
-    def runtime_entries(self, group: str) -> dict[tuple[str, str], tuple[EntrySpec, object, bool]]:
+    def runtime_entries(self, group: str) -> Registered:
         """Return what the program registered in a group, to be handed to `restore_runtime`."""
-        return {key: value for key, value in self._runtime.items() if key[0] == group}
+        return self._runtime.of(group)
 
-    def restore_runtime(
-        self, group: str, entries: Mapping[tuple[str, str], tuple[EntrySpec, object, bool]]
-    ) -> None:
-        """Set what the program registered in a group back to what `runtime_entries` returned."""
-        with self._lock:
-            others = {key: value for key, value in self._runtime.items() if key[0] != group}
-            self._runtime = {**others, **entries}
-            self._claims_cache = None
+    def restore_runtime(self, group: str, entries: Registered) -> None:
+        """Set what the program registered in a group back to what `runtime_entries` returned.
+
+        Raises:
+            RegistryError: the group is frozen, and this changes something.
+        """
+        self._runtime.restore(group, entries)
+
+    def freeze(self, group: str | None = None) -> None:
+        """Refuse from now on whatever would change what ids mean, in one group or in all: `register`,
+        `restore_runtime`, and (when all are frozen) `select_for_job`. Repeating what is so already is allowed.
+        """
+        if group is None:
+            self._runtime.frozen = True
+        else:
+            self._ids(group)  # refuses a group that does not exist
+            self._runtime.frozen_groups |= {group}
+
+    @property
+    def frozen(self) -> bool:
+        """Whether all groups are frozen."""
+        return self._runtime.frozen
+
+    @contextmanager
+    def temporary(self, group: str) -> Iterator[None]:
+        """Undo, at the end of the block, what was registered in a group or frozen in it."""
+        runtime = self._runtime
+        before, frozen = runtime.of(group), (runtime.frozen, runtime.frozen_groups)
+        try:
+            yield
+        finally:
+            runtime.frozen, runtime.frozen_groups = frozen
+            runtime.restore(group, before)
 
     # Inside
 
     def _read(self) -> Installed:
         with self._lock:
             if self._installed is None:
-                from mm_registry.claims import claims_of
+                from mm_registry.claims import claims_of_all
                 from mm_registry.discovery import read_installed
 
+                environ = os.environ if self._environ is None else self._environ
+                layers = layers_of(environ, *self._places)
                 installed = read_installed(sys.path if self._path is None else self._path)
-                self._selection = Selection.from_environ(
-                    os.environ if self._environ is None else self._environ
-                )
-                found: list[EntrySpec] = []
-                odd = list(installed.diagnostics)
-                for record in installed.records:
-                    claims, diagnostics = claims_of(record, self._selection, installed.version)
-                    found.extend(claims)
-                    odd.extend(diagnostics)
-                odd.extend(self._unmatched_selection(installed))
-                self._found = tuple(sorted(found, key=lambda spec: spec.key))
-                self._diagnostics = tuple(
-                    sorted(odd, key=lambda d: (d.level, d.code, d.distribution, d.path, d.message))
-                )
+                self._found, self._odd = claims_of_all(installed)
+                self._layers = layers
                 self._installed = installed
             return self._installed
 
-    def _unmatched_selection(self, installed: Installed) -> Iterable[Diagnostic]:
-        names = {canonical_name(record.name) for record in installed.records}
-        for name in sorted(self._selection.allowed or ()):
-            if name not in names and installed.version(name) is None:
-                near = closest(name, names, 1)
-                mend = f"; did you mean {near[0]!r}?" if near else ""
-                message = f"{VARIABLE} lists {name!r}, which is not installed{mend}"
-                yield Diagnostic("warning", "selected-not-installed", message, name)
+    def _diagnostics(self) -> tuple[Diagnostic, ...]:
+        odd = list(self._odd)
+        for layer in self.selection.layers:
+            for code, (_, name), message in self.unmatched(layer):
+                odd.append(Diagnostic("warning", code, message, name, layer.origin))
+        return tuple(sorted(odd, key=lambda d: (d.level, d.code, d.distribution, d.path, d.message)))
 
-    def _claims(self) -> _Claims:
-        self._read()
+    def _claims(self) -> Claims:
         with self._lock:
-            if self._claims_cache is None:
-                claims: dict[str, dict[str, list[EntrySpec]]] = defaultdict(lambda: defaultdict(list))
-                for spec in self._found:
-                    replaced = self._runtime.get((spec.group, spec.id), (None, None, False))[2]
-                    if not replaced:
-                        claims[spec.group][spec.id].append(spec)
-                for spec, _, _ in self._runtime.values():
-                    claims[spec.group][spec.id].append(spec)
-                self._claims_cache = {group: dict(ids) for group, ids in claims.items()}
-            return self._claims_cache
+            changes = self._runtime.changes
+            if self._claims_cache is None or self._claims_cache[0] != changes:
+                from mm_registry.resolution import Claims
+
+                self._read()
+                self._claims_cache = (changes, Claims(self._found, self._runtime, self.selection))
+            return self._claims_cache[1]
 
     def _ids(self, group: str) -> Mapping[str, Sequence[EntrySpec]]:
         if group not in GROUPS:
             near = closest(group, GROUPS, 1)
             mend = f"did you mean {near[0]!r}?" if near else f"the groups are {', '.join(GROUPS)}"
             raise RegistryError(f"there is no group {group!r}; {mend}")
-        return self._claims().get(group, {})
+        return self._claims().groups.get(group, {})
 
-    def _claimants(
-        self, group: str, id: str, distribution: str | None = None
-    ) -> tuple[Sequence[EntrySpec], str, str | None]:
-        """The claims that `id` or `distribution/id` can mean, and the two parts."""
-        ids = self._ids(group)
-        if distribution is None and id not in ids:
-            distribution, id = _split(group, id)
-        claims = ids.get(id, ())
-        if distribution is not None:
-            wanted = canonical_name(distribution)
-            claims = [spec for spec in claims if canonical_name(spec.distribution) == wanted]
-        return claims, id, distribution
+    def _meaning(self, group: str, id: str, distribution: str | None = None) -> Meaning:
+        self._ids(group)  # refuses a group that does not exist
+        return self._claims().meaning(group, id, distribution)
 
-    def _after_imports(self, spec: EntrySpec) -> EntrySpec:
-        failure = self._failures.get(spec.key)
-        return failure.spec if failure is not None and failure.spec is not None else spec
+    def listed(self, spec: EntrySpec) -> EntrySpec:
+        """Return an entry with the status that `specs` and `discover` show."""
+        return self._shown(self._claims(), spec)
 
-    def _decide(self, claims: Sequence[EntrySpec]) -> EntrySpec:
-        """Choose among the claims to one id. Their order does not matter: there is one that may be used, or
-        an error.
-        """
-        contenders = sorted(
-            (spec for spec in claims if spec.status is not Status.BLOCKED), key=lambda spec: spec.key
-        )
-        if len(contenders) > 1:
-            raise _ambiguous(contenders)
-        spec = contenders[0] if contenders else min(claims, key=lambda spec: spec.key)
-        self._refuse_unusable(spec)
-        self._refuse_failed(spec)
-        return spec
-
-    def _refuse_failed(self, spec: EntrySpec) -> None:
-        failure = self._failures.get(spec.key)
-        if failure is not None:
-            raise BrokenPluginError(failure.message, failure.spec) from failure.__cause__
-
-    @staticmethod
-    def _refuse_unusable(spec: EntrySpec) -> None:
-        if spec.status is Status.BROKEN:
-            raise broken(spec, spec.detail)
-        if spec.status in (Status.BLOCKED, Status.INCOMPATIBLE, Status.MISSING_EXTRA):
-            noun = GROUPS[spec.group].noun
-            message = f"the {noun} {spec.id!r} of {spec.provider} cannot be used: {spec.detail}"
-            raise UnavailablePluginError(message, spec)
-
-
-def _split(group: str, id: str) -> tuple[str | None, str]:
-    """(distribution, id) of `distribution/id`; ids of companions hold a slash themselves."""
-    head, slash, rest = id.partition("/")
-    if not slash or (group in COMPANION_GROUPS and "/" not in rest):
-        return None, id
-    return head, rest
-
-
-def _ambiguous(specs: Sequence[EntrySpec]) -> AmbiguousIdError:
-    group, id = GROUPS[specs[0].group], specs[0].id
-    claims = " and ".join(spec.provider for spec in specs)
-    choices = " or ".join(f'"{spec.qualified_id}"' for spec in specs)
-    if group.is_component:
-        mend = f"write the one that you mean under {group.chosen_by}: {choices}"
-    else:
-        mend = f"uninstall one, or list in {VARIABLE} only the distributions that you mean"
-    return AmbiguousIdError(f"the {group.noun} {id!r} is offered by {claims}; {mend}", tuple(specs))
+    def _shown(self, claims: Claims, spec: EntrySpec) -> EntrySpec:
+        failed = self._imports.failed(spec)
+        return failed if failed is not None and spec.status not in EXCLUDED else claims.shown(spec)
 
 
 _default: PluginManager | None = None

@@ -19,7 +19,8 @@ class Registry(Mapping[str, T_co]):
 
     `in`, `len`, `iter`, `bool`, `repr` and `specs()` read metadata and import nothing; `registry[id]` imports
     that one target, once (`values()` and `items()` import what they yield). `id` may be written
-    `distribution/id`; iteration gives plain ids.
+    `distribution/id`, or be an old id that a plugin still knows (a warning is logged, once); iteration gives
+    plain, present ids.
 
     Every id that an installed distribution claims is a key, usable or not. Asking for an unusable one raises
     the error that says why (`AmbiguousIdError`, `UnavailablePluginError`, `BrokenPluginError`); none of these
@@ -41,7 +42,10 @@ class Registry(Mapping[str, T_co]):
         return default_manager() if self._manager is None else self._manager
 
     def __getitem__(self, id: str) -> T_co:
-        return cast(T_co, self.manager.load(self.spec(id)))
+        spec = self.spec(id)
+        if spec.id != id:  # asked as distribution/id, or by an old id, which is worth a word
+            self._say_old_id(id)
+        return cast(T_co, self.manager.load(spec))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.manager.ids(self.group))
@@ -88,7 +92,8 @@ class Registry(Mapping[str, T_co]):
         asking for it is ambiguous, unless `replace` is set. Other processes do not see it.
 
         Raises:
-            RegistryError: the program registered another object as `id` before, or the id is malformed.
+            RegistryError: the program registered another object as `id` before, the id is malformed, or the
+                registry is frozen.
         """
         if obj is not None:
             self.manager.register(self.group, id, obj, replace=replace)
@@ -102,10 +107,21 @@ class Registry(Mapping[str, T_co]):
 
     @contextmanager
     def temporary(self) -> Iterator[Registry[T_co]]:
-        """Undo, at the end of the block, what was registered in it. For one thread at a time."""
-        manager = self.manager
-        before = manager.runtime_entries(self.group)
-        try:
+        """Undo, at the end of the block, what was registered or frozen in it. For one thread at a time."""
+        with self.manager.temporary(self.group):
             yield self
-        finally:
-            manager.restore_runtime(self.group, before)
+
+    def freeze(self) -> None:
+        """Refuse from now on to register anything in this registry; `PluginManager.freeze` does so for all."""
+        self.manager.freeze(self.group)
+
+    def _say_old_id(self, id: str) -> None:
+        manager = self.manager
+        new = manager.alias(self.group, id)
+        if new is not None and (self.group, id) not in manager.warned_of:
+            import logging
+
+            manager.warned_of.add((self.group, id))
+            logging.getLogger(__name__).warning(
+                "%r is an old id in %s; write %r instead", id, self.group, new
+            )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, NamedTuple
 
 RUNTIME = "runtime"  # stands for the distribution of what a program registers itself
 
@@ -15,21 +16,27 @@ class Status(StrEnum):
     """
 
     AVAILABLE = "available"
-    BLOCKED = "blocked"  # the selection leaves its distribution out
-    AMBIGUOUS = "ambiguous"  # another distribution claims the same id
+    BLOCKED = "blocked"  # a selection file, or the job, disables its distribution
+    NOT_ALLOWLISTED = "not_allowlisted"  # MM_PLUGINS, or an allow list, leaves its distribution out
     INCOMPATIBLE = "incompatible"  # made for another version of the plugin API
     MISSING_EXTRA = "missing_extra"  # the entry asks for an extra that is not installed
+    AMBIGUOUS = "ambiguous"  # another distribution claims the same id
+    SHADOWED = "shadowed"  # lost its id to a `prefer`, to what the program registered, or to a real id
     BROKEN = "broken"  # malformed declaration, or its import failed
 
 
-@dataclass(frozen=True, slots=True)
-class EntrySpec:
+#: The distribution does not take part at all: its claims contest nothing.
+EXCLUDED = frozenset({Status.BLOCKED, Status.NOT_ALLOWLISTED})
+
+
+class EntrySpec(NamedTuple):
     """One claim of a distribution to an id.
 
     Attributes:
         id: `"wandit"`; for companions of a component `"predictor/wandit"`.
         group: `"mm_core.predictor_models"`.
-        target: `"package.module:object"`, or `"package.module"`.
+        target: `"package.module:object"`, or `"package.module"`; for groups without import targets the
+            value: the new id of an alias, the last version of a farewell, the distribution of a provider.
         distribution: name as in its metadata; `"runtime"` if registered by the running program.
         version: of the distribution; empty for `"runtime"`.
         path: folder that holds the code: the source tree of an editable install, else the folder of the
@@ -72,9 +79,25 @@ class EntrySpec:
         """What identifies the claim: group, id, canonical name of the distribution."""
         return (self.group, self.id, canonical_name(self.distribution))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, JSON-able, the id and where it comes from first."""
+        return {
+            "id": self.id,
+            "group": self.group,
+            "distribution": self.distribution,
+            "version": self.version,
+            "origin": self.origin,
+            "status": str(self.status),
+            "target": self.target,
+            "path": self.path,
+            "detail": self.detail,
+            "editable": self.editable,
+            "extras": list(self.extras),
+            "required_api": list(self.required_api),
+        }
 
-@dataclass(frozen=True, slots=True)
-class Diagnostic:
+
+class Diagnostic(NamedTuple):
     """Something odd about an installed distribution; it never stops the others.
 
     Attributes:
@@ -95,14 +118,14 @@ class Diagnostic:
         return f"{self.level}: {self.message}"
 
 
-@dataclass(frozen=True, slots=True)
-class DiscoveryReport:
+class DiscoveryReport(NamedTuple):
     """What is installed. Both tuples are sorted by content: the order of `sys.path` does not show."""
 
     entries: tuple[EntrySpec, ...]
     diagnostics: tuple[Diagnostic, ...]
 
 
+@functools.lru_cache(maxsize=8192)
 def canonical_name(distribution: str) -> str:
     """The name by which distributions are compared (PEP 503): `"MMZoo_Core"` and `"mmzoo-core"` are one."""
     return re.sub(r"[-_.]+", "-", distribution.strip()).lower()

@@ -6,45 +6,23 @@ The answer needs metadata and the table below, never an import.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from mm_registry.errors import UnknownIdError
-from mm_registry.groups import GROUPS
-from mm_registry.spec import Diagnostic, EntrySpec
+from mm_registry.groups import FAREWELLS, GROUPS
+from mm_registry.spec import EXCLUDED, Diagnostic, EntrySpec, Status, canonical_name
+
+if TYPE_CHECKING:
+    from mm_registry.known_providers import KnownProvider
+
+Claims = Mapping[str, Mapping[str, Sequence[EntrySpec]]]  # group -> id -> claims
 
 _MESSAGE_BYTES = 1000
 _SHOWN_IDS = 12
 _CUTOFF = 0.6  # difflib's own default for "close"
-
-
-@dataclass(frozen=True, slots=True)
-class KnownProvider:
-    """A distribution that may not be installed: how to install it, and its ids by group."""
-
-    distribution: str
-    install: str
-    ids: Mapping[str, tuple[str, ...]]
-
-
-def _provider(distribution: str, folder: str, **ids: tuple[str, ...]) -> KnownProvider:
-    groups = MappingProxyType({f"mm_core.{group}": names for group, names in ids.items()})
-    return KnownProvider(distribution, f"`pip install ./{folder}` in a clone of MM Zoo", groups)
-
-
-KNOWN_PROVIDERS: tuple[KnownProvider, ...] = (
-    _provider(
-        "mmzoo-plugin-wan22",
-        "mm_plugins/wan22",
-        predictor_models=("wandit",),
-        diffusion_models=("wan_flow_match_scheduler",),
-        ae_models=("wan_video_vae",),
-        pipelines=("WanPipeline",),
-    ),
-    _provider("mmzoo-plugin-qwen3vl", "mm_plugins/qwen3vl", transformers_models=("qwen3_vl", "qwen3_vl_moe")),
-    _provider("mmzoo-plugin-haar", "examples/plugins/mmzoo-plugin-haar", ae_models=("haar_video",)),
-)
+_COMPARED = 40  # options that difflib looks at: it takes some 20 microseconds for each
 
 
 def closest(name: str, options: Iterable[str], n: int = 3) -> list[str]:
@@ -55,17 +33,25 @@ def closest(name: str, options: Iterable[str], n: int = 3) -> list[str]:
 
     if len(name) > 200:  # nobody misspells that long, and difflib is quadratic
         return []
+    wanted = name.casefold()
     spellings: dict[str, list[str]] = {}
     for option in sorted(set(options)):
         spellings.setdefault(option.casefold(), []).append(option)
-    near = difflib.get_close_matches(name.casefold(), spellings, n=n, cutoff=_CUTOFF)
+    # Two of too different lengths cannot be close; the bounds are rounded outwards.
+    shortest, longest = int(len(wanted) * _CUTOFF / (2 - _CUTOFF)), len(wanted) * (2 - _CUTOFF) / _CUTOFF + 1
+    likely = [option for option in spellings if shortest <= len(option) <= longest]
+    if len(likely) > _COMPARED:
+        pairs = {wanted[i : i + 2] for i in range(len(wanted) - 1)} or {wanted}
+        shared = re.compile("|".join(map(re.escape, sorted(pairs)))).findall
+        likely = sorted(likely, key=lambda option: (-len(shared(option)), option))[:_COMPARED]
+    near = difflib.get_close_matches(wanted, likely, n=n, cutoff=_CUTOFF)
     return [option for folded in near for option in spellings[folded]][:n]
 
 
 def unknown_id(
     group: str,
     id: str,
-    claims: Mapping[str, Mapping[str, Sequence[EntrySpec]]],
+    claims: Claims,
     version_of: Callable[[str], str | None],
     *,
     distribution: str | None = None,
@@ -82,32 +68,39 @@ def unknown_id(
         diagnostics: those of level "error" are counted in the message: the id may sit in an unreadable
             distribution.
     """
+    from mm_registry.known_providers import known_providers
+
     noun = GROUPS[group].noun
     here = claims.get(group, {})
-    absent = [provider for provider in KNOWN_PROVIDERS if version_of(provider.distribution) is None]
-    known_here = {name: provider for provider in absent for name in provider.ids.get(group, ())}
-    near = closest(id, [*here, *known_here])
+    known = list(known_providers(claims))
+    absent = [provider for provider in known if version_of(provider.distribution) is None]
+    known_here: dict[str, KnownProvider] = {}
+    for provider in absent:
+        for name in provider.ids.get(group, ()):
+            known_here.setdefault(name, provider)
+    near = [name for name in closest(id, [*here, *known_here]) if name != id or name in here]
+    exact = [name for name in (id,) if name in known_here]
 
     if distribution is not None:
-        distribution = _shorten(distribution)
-        problem = f"{distribution} offers no {noun} {_clip(id)}"
+        problem = f"{_plain(distribution)} offers no {noun} {_clip(id)}"
     else:
         problem = f"no installed distribution offers the {noun} {_clip(id)}"
-    hint = (
-        _of_distribution(id, distribution, here, version_of)
-        or _at_provider(group, id, version_of)
-        or _elsewhere(group, id, claims, absent)
-        or _nearest(near, here, known_here)
-        or _all_of(noun, here)
-    )
+    provided = _at_provider(group, id, version_of, known)
+    answers = [_of_distribution(id, distribution, here, version_of, known)]
+    if answers[0] is None:
+        answers = [_farewell(group, id, claims), provided, _elsewhere(group, id, claims, absent)]
+        if provided is None:
+            answers.append(_nearest(near, here, known_here))
+    hint = "; ".join(filter(None, answers)) or _all_of(noun, here)
     unreadable = sum(diagnostic.level == "error" for diagnostic in diagnostics)
     if unreadable:
         first = next(diagnostic.message for diagnostic in diagnostics if diagnostic.level == "error")
         hint += (
             f" ({unreadable} error(s) while reading installed distributions, the first: {_cut(first, 200)})"
         )
-    room = _MESSAGE_BYTES - len(problem.encode()) - 2
-    return UnknownIdError(problem, _cut(hint, room), group=group, id=id, closest=tuple(near))
+    room = _MESSAGE_BYTES - len(problem.encode("utf-8", "replace")) - 2
+    found = tuple(dict.fromkeys([*exact, *near]))
+    return UnknownIdError(problem, _cut(hint, room), group=group, id=id, closest=found)
 
 
 def _of_distribution(
@@ -115,25 +108,36 @@ def _of_distribution(
     distribution: str | None,
     here: Mapping[str, Sequence[EntrySpec]],
     version_of: Callable[[str], str | None],
+    known: Sequence[KnownProvider],
 ) -> str | None:
-    """The answer for `distribution/id`, if the distribution is the mistake or has something near."""
+    """The answer for `distribution/id`, if the distribution is the mistake or others have the id."""
     if distribution is None:
         return None
     offers = ", ".join(repr(spec.qualified_id) for spec in here.get(id, ()))
     if version_of(distribution) is not None:
         return f"it is offered as {offers}" if offers else None
-    install = next((known.install for known in KNOWN_PROVIDERS if known.distribution == distribution), "")
-    parts = [f"{distribution} is not installed", f"run {install}" if install else ""]
+    wanted = canonical_name(distribution)
+    install = next((provider.install for provider in known if provider.distribution == wanted), "")
+    parts = [f"{_plain(distribution)} is not installed", f"run {install}" if install else ""]
     parts.append(f"others offer it as {offers}" if offers else "")
     return "; ".join(filter(None, parts))
 
 
-def _elsewhere(
-    group: str,
-    id: str,
-    claims: Mapping[str, Mapping[str, Sequence[EntrySpec]]],
-    absent: Sequence[KnownProvider],
-) -> str | None:
+def _farewell(group: str, id: str, claims: Claims) -> str | None:
+    """The answer if a distribution had the id once."""
+    if not GROUPS[group].is_component:
+        return None
+    said = claims.get(FAREWELLS, {}).get(f"{GROUPS[group].role}/{id}", ())
+    told = [
+        f"{spec.distribution} dropped it, {spec.target} was the last version that had it: "
+        f"`pip install '{spec.distribution}=={spec.target}'`"
+        for spec in said
+        if spec.status not in EXCLUDED and spec.status is not Status.BROKEN
+    ]
+    return "; ".join(told) or None
+
+
+def _elsewhere(group: str, id: str, claims: Claims, absent: Sequence[KnownProvider]) -> str | None:
     """The answer if the id exists in another registry."""
     wanted = GROUPS[group]
     if not wanted.is_component:
@@ -146,9 +150,9 @@ def _elsewhere(
             f"it comes from {provider}{tail} and goes under {found.chosen_by}"
         )
 
-    for other, ids in claims.items():
-        if other != group and id in ids and GROUPS[other].is_component:
-            return answer(other, ids[id][0].provider)
+    for other in GROUPS:  # in this order, whatever order the claims were found in
+        if other != group and id in claims.get(other, {}) and GROUPS[other].is_component:
+            return answer(other, claims[other][id][0].provider)
     for provider in absent:
         for other, names in provider.ids.items():
             if other != group and id in names and id not in provider.ids.get(group, ()):
@@ -156,15 +160,17 @@ def _elsewhere(
     return None
 
 
-def _at_provider(group: str, id: str, version_of: Callable[[str], str | None]) -> str | None:
-    """The answer if a known distribution offers exactly this id."""
-    for provider in KNOWN_PROVIDERS:
+def _at_provider(
+    group: str, id: str, version_of: Callable[[str], str | None], known: Sequence[KnownProvider]
+) -> str | None:
+    """The answer if known distributions offer exactly this id."""
+    told = []
+    for provider in known:
         if id in provider.ids.get(group, ()):
             version = version_of(provider.distribution)
-            if version is None:
-                return f"{provider.distribution} does, and is not installed; run {provider.install}"
-            return f"{provider.distribution} does, but not its installed {version}; run {provider.install}"
-    return None
+            state = "and is not installed" if version is None else f"but not its installed {version}"
+            told.append(f"{provider.distribution} does, {state}; run {provider.install}")
+    return "; ".join(told) or None
 
 
 def _nearest(
@@ -198,11 +204,18 @@ def _clip(id: str) -> str:
     return repr(_shorten(id))
 
 
+def _plain(name: str) -> str:
+    """A name as it is, unless it would spoil the message."""
+    short = _shorten(name)
+    return short if short.isprintable() else repr(short)
+
+
 def _shorten(name: str) -> str:
     return name if len(name) <= 60 else name[:57] + "…"
 
 
 def _cut(text: str, room: int) -> str:
-    """Cut to `room` bytes of UTF-8, at a character."""
+    """Cut to `room` bytes of UTF-8, at a character; on one line."""
+    text = " ".join(text.splitlines())
     data = text.encode("utf-8", "replace")
     return text if len(data) <= room else data[: room - 3].decode("utf-8", "ignore") + "…"

@@ -22,12 +22,14 @@ SOURCES = {
     "mmzoo-core": ROOT,
     "mmzoo-plugin-wan22": ROOT / "mm_plugins" / "wan22",
     "mmzoo-plugin-haar": ROOT / "examples" / "plugins" / "mmzoo-plugin-haar",
+    "mmzoo-plugin-ltx": ROOT / "examples" / "plugins" / "mmzoo-plugin-ltx",
 }
 PACKAGES = {
     "mmzoo-registry": "mm_registry",
     "mmzoo-core": "mm_core",
     "mmzoo-plugin-wan22": "mm_plugin_wan22",
     "mmzoo-plugin-haar": "mm_plugin_haar",
+    "mmzoo-plugin-ltx": "mm_plugin_ltx",
 }
 
 

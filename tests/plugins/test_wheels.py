@@ -14,7 +14,13 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.timeout(300)
-DISTRIBUTIONS = ("mmzoo-core", "mmzoo-plugin-haar", "mmzoo-plugin-wan22", "mmzoo-registry")
+DISTRIBUTIONS = (
+    "mmzoo-core",
+    "mmzoo-plugin-haar",
+    "mmzoo-plugin-ltx",
+    "mmzoo-plugin-wan22",
+    "mmzoo-registry",
+)
 HEAVY = ("torch", "transformers", "diffusers")
 
 PROVENANCE = """
@@ -69,7 +75,8 @@ show([component.__name__, sys.modules[component.__module__].__file__])
 
 
 def heavy(modules: list[str]) -> set[str]:
-    return {name.partition(".")[0] for name in modules} & {*HEAVY, "mm_plugin_wan22", "mm_plugin_haar"}
+    plugins = {"mm_plugin_wan22", "mm_plugin_haar", "mm_plugin_ltx"}
+    return {name.partition(".")[0] for name in modules} & {*HEAVY, *plugins}
 
 
 @pytest.fixture
@@ -134,8 +141,8 @@ def test_installed_wheels_are_found_with_their_provenance(
         assert status == "available"
     assert told["questions"] == [
         True,
-        ["haar_video", "wan_video_vae"],
-        "<Registry mm_core.ae_models: haar_video, wan_video_vae>",
+        ["haar_video", "ltx_video_vae", "wan_video_vae"],
+        "<Registry mm_core.ae_models: haar_video, ltx_video_vae, wan_video_vae>",
     ]
     assert not heavy(told["modules"])
 

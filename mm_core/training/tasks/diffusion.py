@@ -83,6 +83,17 @@ class DiffusionTask:
         return losses, torch.ones_like(losses), {}
 
     def tokens(self, inputs: DiffusionInputs) -> int:
-        patch = getattr(getattr(self.model.predictor, "config", None), "patch_size", (1, 1, 1))
         batch, _, *sizes = inputs.latents.shape
-        return batch * math.prod(size // step for size, step in zip(sizes, patch, strict=True))
+        patch = _patch_size(self.model.predictor)
+        return batch * math.prod(-(-size // step) for size, step in zip(sizes, patch, strict=True))
+
+
+def _patch_size(predictor: Any) -> tuple[int, ...]:
+    """Latent frames, rows and columns of one token: the predictor's own `patch_size`, or its config's, where
+    that says three numbers; else a token for each position.
+    """
+    for holder in (predictor, getattr(predictor, "config", None)):
+        patch = getattr(holder, "patch_size", None)
+        if isinstance(patch, list | tuple) and len(patch) == 3:
+            return tuple(patch)
+    return (1, 1, 1)

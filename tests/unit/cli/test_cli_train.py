@@ -30,10 +30,10 @@ def test_a_right_job_goes_to_the_session_with_its_command_line(monkeypatch: pyte
     seen: list[Any] = []
     monkeypatch.setattr(command, "load_training_job", lambda flags: ("job", flags.train_iters))
 
-    def train(job: Any, argv: Any) -> int:
-        seen.append((job, argv))
+    def train(job: Any, argv: Any, plugins: Any) -> int:
+        seen.append((job, argv, plugins))
         return 143
 
     monkeypatch.setattr(session, "train", train)
     assert main(["train", "--train-iters", "3"]) == 143
-    assert seen == [(("job", 3), ["--train-iters", "3"])]
+    assert seen == [(("job", 3), ["--train-iters", "3"], None)]

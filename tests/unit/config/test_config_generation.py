@@ -83,7 +83,7 @@ def test_what_is_wrong_is_said_at_its_place(files: Any) -> None:
     for expected in (
         files_find("inference.json", '"WanPipelin"')
         + ": no installed distribution offers the pipeline 'WanPipelin'. "
-        "Did you mean 'WanPipeline' (mmzoo-plugin-wan22 0.1.0)?",
+        "Did you mean 'WanPipeline' (mmzoo-plugin-wan22 0.1.0)",
         '"image" is "x.png": text-to-video has no use for it; image and video conditions are not '
         "available yet",
         '"device" is 3, expected a text in quotes',

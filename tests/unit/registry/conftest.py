@@ -57,7 +57,8 @@ class Site:
         return info
 
     def manager(self, **environ: str) -> PluginManager:
-        return PluginManager([str(self.root)], environ=environ)
+        """A manager that sees this folder alone, and no selection file."""
+        return PluginManager([str(self.root)], environ=environ, environment_file=None, project_folder=None)
 
 
 @pytest.fixture

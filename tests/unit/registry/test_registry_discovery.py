@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from mm_registry import DiscoveryReport, EntrySpec, PluginManager, Status
+from mm_registry.discovery import read_installed
 
 GROUP = "mm_core.predictor_models"
 
@@ -137,24 +137,6 @@ def test_damage_of_a_stranger_without_entries_of_ours_is_not_looked_at(site: Any
     assert report.diagnostics == ()
 
 
-def test_strangers_entry_points_are_not_parsed(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib_metadata
-
-    parsed: list[str] = []
-    original = importlib_metadata.Distribution.entry_points.fget  # type: ignore[attr-defined]
-
-    def entry_points(self: importlib_metadata.Distribution) -> Any:
-        parsed.append(self.name)
-        return original(self)
-
-    monkeypatch.setattr(importlib_metadata.Distribution, "entry_points", property(entry_points))
-    for number in range(20):
-        site.add(f"stranger-{number}", entries={"console_scripts": {"run": "stranger:main"}})
-    site.add("good", entries={GROUP: {"good": "good:Good"}})
-    assert only(site.manager().discover()).id == "good"
-    assert parsed == ["good"]
-
-
 def test_same_distribution_twice_the_first_on_the_path_counts(make_site: Callable[..., Any]) -> None:
     first, second = make_site("first"), make_site("second")
     first.add("acme", "2.0", {GROUP: {"new": "acme:New"}})
@@ -211,28 +193,25 @@ def test_egg_info_beside_its_code_is_found(site: Any) -> None:
     assert only(site.manager().discover()).origin == f"source {site.root}"
 
 
-def test_leftover_of_an_interrupted_pip_is_not_installed(site: Any) -> None:
-    info = site.add("acme", "1.0", {GROUP: {"a": "acme:A"}})
-    info.rename(info.with_name("~cme-1.0.dist-info"))
-    assert site.manager().discover() == DiscoveryReport((), ())
-
-
-def test_zip_archives_and_missing_folders_on_the_path(tmp_path: Path) -> None:
-    archive = tmp_path / "plugins.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("acme-1.0.dist-info/METADATA", "Metadata-Version: 2.4\nName: acme\nVersion: 1.0\n")
-        file.writestr("acme-1.0.dist-info/entry_points.txt", f"[{GROUP}]\na = acme:A\n")
-    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 not really")
-    path = [str(tmp_path / "absent"), str(tmp_path / "broken.zip"), str(archive)]
-    assert only(PluginManager(path, environ={}).discover()).distribution == "acme"
-
-
 def test_the_same_folder_spelt_twice_is_one(site: Any, tmp_path: Path) -> None:
     site.add("acme", entries={GROUP: {"a": "acme:A"}})
     (tmp_path / "link").symlink_to(site.root)
     report = PluginManager([str(tmp_path / "link"), str(site.root), f"{site.root}/"], environ={}).discover()
     assert only(report).id == "a"
     assert report.diagnostics == ()
+
+
+def test_record_tells_the_metadata_folder(site: Any) -> None:
+    info = site.add("Acme_Wan", "1.2", {GROUP: {"a": "acme:A"}, "console_scripts": {"run": "acme:main"}})
+    site.add("stranger", "3")
+    installed = read_installed([str(site.root)])
+    record = installed.record("acme.wan")
+    assert record is not None
+    assert (record.name, record.version, record.info) == ("Acme_Wan", "1.2", str(info))
+    assert record.entries == ((GROUP, "a", "acme:A"),)
+    assert installed.records == (record,)
+    assert installed.record("stranger") is None
+    assert (installed.version("Stranger"), installed.version("absent")) == ("3", None)
 
 
 @pytest.mark.parametrize(

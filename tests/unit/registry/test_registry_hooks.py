@@ -169,8 +169,17 @@ def test_distribution_that_is_not_installed_or_blocked(site: Any) -> None:
     add(site, "acme", FAILING)
     with pytest.raises(UnavailablePluginError, match=r"'acne' is not installed; did you mean 'acme'\?"):
         site.manager().activate(["acne"])
-    with pytest.raises(UnavailablePluginError, match="does not list acme"):
+    with pytest.raises(
+        UnavailablePluginError, match=r"the hooks of acme 1\.0 cannot be used: .* does not list acme"
+    ):
         site.manager(MM_PLUGINS="other").activate(["acme"])
+    site.add("plain-library", "3.0")
+    with pytest.raises(
+        UnavailablePluginError, match="distribution 'plain_library' declares no entry point of MM Zoo"
+    ):
+        site.manager().activate(["plain_library"])
+    site.add("mmzoo-core", "0.1.0")
+    assert not site.manager().activate(["mmzoo-core"]).sources
     assert "acme_hooks_for_test" not in sys.modules
 
 

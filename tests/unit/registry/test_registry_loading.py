@@ -10,6 +10,7 @@ import pytest
 from mm_registry import BrokenPluginError, Status
 
 GROUP = "mm_core.predictor_models"
+SEE = "; run `mm plugin check acme --import` for the traceback"
 
 
 def load(site: Any, target: str, modules: dict[str, str]) -> BrokenPluginError:
@@ -37,7 +38,7 @@ def test_target_module_is_missing(site: Any, modules: dict[str, str], missing: s
     error = load(site, "acme_gone.models:A", modules)
     assert str(error) == (
         f"the predictor 'a' of acme 1.0 is broken: its target acme_gone.models:A is missing: "
-        f"there is no module {missing!r}; reinstall acme, or report it to its authors"
+        f"there is no module {missing!r}; reinstall acme, or report it to its authors{SEE}"
     )
     assert isinstance(error.__cause__, ModuleNotFoundError)
 
@@ -47,7 +48,7 @@ def test_dependency_is_missing(site: Any) -> None:
     assert str(load(site, "acme_dep.models:A", modules)) == (
         "the predictor 'a' of acme 1.0 is broken: its target acme_dep.models:A needs the module "
         "'decoder_not_there', which is not installed; "
-        "install the distribution that provides it, into this environment"
+        f"install the distribution that provides it, into this environment{SEE}"
     )
 
 
@@ -55,7 +56,7 @@ def test_own_submodule_is_missing(site: Any) -> None:
     modules = {"acme_sub/__init__.py": "", "acme_sub/models.py": "from acme_sub.layers import Layer"}
     assert str(load(site, "acme_sub.models:A", modules)) == (
         "the predictor 'a' of acme 1.0 is broken: its target acme_sub.models:A needs its own module "
-        "'acme_sub.layers', which is missing; reinstall acme"
+        f"'acme_sub.layers', which is missing; reinstall acme{SEE}"
     )
 
 
@@ -63,7 +64,7 @@ def test_object_is_missing(site: Any) -> None:
     error = load(site, "acme_attr:WanDTi", {"acme_attr.py": "class WanDiT: pass"})
     assert str(error) == (
         "the predictor 'a' of acme 1.0 is broken: its target acme_attr:WanDTi is missing: "
-        "acme_attr has no 'WanDTi'; did it mean 'WanDiT'?"
+        f"acme_attr has no 'WanDTi'; did it mean 'WanDiT'?{SEE}"
     )
     assert isinstance(error.__cause__, AttributeError)
 
@@ -93,6 +94,7 @@ def test_import_raises(site: Any, source: str, said: str) -> None:
     message = str(load(site, "acme_raises:A", {"acme_raises.py": source}))
     assert f"importing its target acme_raises:A {said}" in message
     assert len(message) < 1000
+    assert message.endswith(SEE)
     if "SyntaxError" not in said:
         assert "acme_raises.py:" in message
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mm_registry import GROUPS, PluginManager, UnknownIdError
-from mm_registry.suggestions import KNOWN_PROVIDERS, closest
+from mm_registry.known_providers import KNOWN_PROVIDERS
+from mm_registry.suggestions import closest
 
 PREDICTORS = "mm_core.predictor_models"
 AES = "mm_core.ae_models"
@@ -159,6 +163,25 @@ def test_closest() -> None:
     assert closest("t5", ["T5", "t5"]) == ["T5", "t5"]
     assert closest("x" * 201, ["x" * 201]) == []
     assert closest("a", []) == []
+
+
+@given(
+    name=st.text("abcdef_", max_size=12),
+    options=st.lists(st.text("abcdef_", min_size=1, max_size=12), max_size=30),
+)
+def test_closest_is_what_difflib_says(name: str, options: list[str]) -> None:
+    """As long as there are few; of many, it looks at those alone that share most pairs of letters."""
+    assert closest(name, options) == difflib.get_close_matches(name, sorted(set(options)), 3)
+
+
+def test_closest_of_many() -> None:
+    many = [
+        f"{a}_{b}_{number}" for number in range(200) for a in ("wan", "ltx") for b in ("dit", "vae", "flow")
+    ]
+    assert closest("wandit_77", many)[0] == "wan_dit_77"
+    assert closest("predictor", [*many, "perdictor"]) == ["perdictor"]
+    assert closest("zzzzzzzzz", many) == []
+    assert closest("x", [*many, *"abcdefghijklmnopqrstuvwxyz", *"ABCDEFGHIJKLMNOPQRSTUVW"])[0] == "x"
 
 
 def test_table_of_known_providers_agrees_with_what_is_installed_here() -> None:

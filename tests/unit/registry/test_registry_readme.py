@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mm_registry import GROUPS
+from mm_registry import GROUPS, Status
+from mm_registry.claims import misnamed
+from mm_registry.selection_files import read_layer
 
 README = (Path(__file__).resolve().parents[3] / "registry" / "README.md").read_text(encoding="utf-8")
 
@@ -28,9 +30,19 @@ def test_python_example_runs(number: int, tmp_path: Path) -> None:
         assert f"The last line says: `{last}`" in README
 
 
-def test_toml_example_and_list_of_groups_are_true() -> None:
-    (block,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
-    entry_points = tomllib.loads(block)["project"]["entry-points"]
+def test_toml_examples_and_lists_are_true(tmp_path: Path) -> None:
+    declared, selected = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    entry_points = tomllib.loads(declared)["project"]["entry-points"]
     assert set(entry_points) <= set(GROUPS)
+    for group, entries in entry_points.items():
+        assert [misnamed(group, id) for id in entries] == [None] * len(entries)
+    (tmp_path / "mmzoo.toml").write_text(selected, encoding="utf-8")
+    layer = read_layer(tmp_path / "mmzoo.toml")
+    assert (layer.disable, layer.prefer) == (
+        {"mmzoo-plugin-haar"},
+        {"predictor/wandit": "mmzoo-plugin-wan22"},
+    )
+    for status in Status:
+        assert f"| `{status}` |" in README
     for group in GROUPS.values():
         assert f"`{group.name.removeprefix('mm_core.')}`" in README

@@ -32,7 +32,8 @@ def test_collision_is_an_error_only_for_the_contested_id(site: Any) -> None:
         manager.resolve(GROUP, "shared")
     assert str(raised.value) == (
         "the predictor 'shared' is offered by acme 1.0 and beta 2.0; write the one that you mean under "
-        'predictor.model_id: "acme/shared" or "beta/shared"'
+        'predictor.model_id: "acme/shared" or "beta/shared", or put "predictor/shared" = "acme" (or "beta") '
+        "under [plugins.prefer] in mmzoo.toml"
     )
     assert [spec.distribution for spec in raised.value.specs] == ["acme", "beta"]
     assert not isinstance(raised.value, KeyError)
@@ -97,7 +98,7 @@ def test_blocked_distribution(site: Any, setting: str, imports: list[str]) -> No
         f"set MM_PLUGINS={wanted!r}, or unset it"
     )
     spec = next(spec for spec in manager.specs(GROUP) if spec.id == "a")
-    assert spec.status is Status.BLOCKED
+    assert spec.status is Status.NOT_ALLOWLISTED
     with pytest.raises(UnavailablePluginError):
         manager.load(spec)
     assert "acme" not in imports
@@ -117,7 +118,7 @@ def test_allowlist_takes_any_spelling_and_names_what_is_not_installed(site: Any)
 def test_allowlist_of_the_process(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     site.add("acme", entries={GROUP: {"a": "acme:A"}})
     monkeypatch.setenv("MM_PLUGINS", "other")
-    assert PluginManager([str(site.root)]).specs(GROUP)[0].status is Status.BLOCKED
+    assert PluginManager([str(site.root)]).specs(GROUP)[0].status is Status.NOT_ALLOWLISTED
     monkeypatch.delenv("MM_PLUGINS")
     assert PluginManager([str(site.root)]).specs(GROUP)[0].status is Status.AVAILABLE
 
@@ -173,6 +174,39 @@ def test_extras_are_checked_without_import(site: Any) -> None:
     assert (spec.status, spec.extras, spec.target) == (Status.AVAILABLE, ("video",), "acme:A")
 
 
+@pytest.mark.parametrize(
+    ("asked", "requires", "missing"),
+    [
+        ("video", ["decoder; extra == 'video' and python_version < '3'"], ""),
+        ("video", ["decoder; extra == 'video' and python_version >= '3'"], "decoder"),
+        ("Video_Fast", ["decoder; extra == 'video-fast'"], "decoder"),
+        ("all", ["Acme[video]; extra == 'all'", "decoder>=2; extra == 'video'"], "decoder>=2"),
+        ("all", ["acme[all]; extra == 'all'", "installed; extra == 'all'"], ""),
+        ("a,b", ["one; extra == 'a'", "two<3,>=1; extra == 'b'", "three; extra == 'c'"], "one, two>=1,<3"),
+        ("video", ["decoder; extra == 'video'", "broken ! ; extra == 'video'"], "decoder"),
+    ],
+)
+def test_markers_of_extras_are_evaluated(site: Any, asked: str, requires: list[str], missing: str) -> None:
+    site.add("installed", "1.0")
+    site.add("acme", "1.0", {GROUP: {"a": f"acme:A [{asked}]"}}, requires=requires)
+    manager = site.manager()
+    assert manager.discover().diagnostics == ()
+    (spec,) = manager.specs(GROUP)
+    assert spec.status is (Status.MISSING_EXTRA if missing else Status.AVAILABLE)
+    assert spec.detail == (f"it needs {missing}; run: pip install 'acme[{asked}]'" if missing else "")
+
+
+def test_extra_that_brings_nothing(site: Any) -> None:
+    site.add("acme", "1.0", {GROUP: {"a": "acme:A [vidoe]"}}, requires=["decoder; extra == 'video'"])
+    (diagnostic,) = site.manager().discover().diagnostics
+    assert (diagnostic.level, diagnostic.code, diagnostic.message) == (
+        "warning",
+        "unknown-extra",
+        "acme 1.0: 'a' in mm_core.predictor_models asks for the extra 'vidoe', which brings no requirement; "
+        "did it mean 'video'?",
+    )
+
+
 def test_malformed_declaration_is_broken_before_any_import(site: Any) -> None:
     site.add("acme", "1.0", {GROUP: {"a": "acme"}})
     with pytest.raises(BrokenPluginError) as raised:
@@ -206,7 +240,10 @@ class TestCompanions:
             found = manager.find(CONFIGS, "predictor/a", name)
             assert found is not None
             assert found.target == f"{name}:C"
-        with pytest.raises(AmbiguousIdError, match="uninstall one, or list in MM_PLUGINS"):
+        with pytest.raises(
+            AmbiguousIdError,
+            match=r'; put "config/predictor/a" = "acme" \(or "beta"\) under \[plugins.prefer\]',
+        ):
             manager.find(CONFIGS, "predictor/a")
 
     def test_another_distribution_may_provide_it(self, site: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import mm_core
 from mm_core.models.sora import SoRAModel
@@ -138,6 +139,17 @@ def test_tokens_are_what_the_transformer_reads(model: SoRAModel) -> None:
     frames, height, width = inputs.latents.shape[2:]
     assert (frames, height, width) == (FRAMES // 2, HEIGHT // 2, WIDTH // 2)
     assert task.tokens(inputs) == 2 * frames * (height // 2) * (width // 2)
+
+
+@pytest.mark.parametrize(("patch_size", "tokens"), [((1, 2, 2), 8), ([2, 2, 2], 4), (2, 32), (None, 32)])
+def test_a_predictor_says_its_patch_size_or_a_token_is_a_position(patch_size: object, tokens: int) -> None:
+    predictor = nn.Identity()
+    if patch_size is not None:
+        predictor.patch_size = patch_size
+    latents = torch.zeros(1, 3, 2, 4, 4)
+    inputs = DiffusionInputs(latents, latents, latents, torch.zeros(1), {})
+    task = DiffusionTask(SoRAModel(predictor=predictor), seed=7, device=CPU)
+    assert task.tokens(inputs) == tokens
 
 
 def test_the_registry_offers_it() -> None:

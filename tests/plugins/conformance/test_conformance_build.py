@@ -1,0 +1,60 @@
+"""Every check that builds and runs a component fails for a plugin that is broken in that way, and only then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from defects import Mutation
+from mutations_build import MUTATIONS
+from toy import good_toy, installed
+from toy_site import DISTRIBUTION
+
+from mm_core.testing import Outcome, Report, check_plugin, load_checks
+
+pytestmark = pytest.mark.timeout(120)
+STAGES = ("build", "ranks")
+
+
+@pytest.fixture(autouse=True)
+def _settings() -> Iterator[None]:
+    """One thread, because ranks are forked; and torch's settings are put back."""
+    torch.set_num_threads(1)
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+def told(report: Report) -> str:
+    odd = [result for result in report.results if result.status is not Outcome.PASSED]
+    return "\n".join(f"{r.status} {r.subject} {r.check}: {r.message}\n{r.detail}" for r in odd)
+
+
+def test_the_whole_toy_passes_every_check_and_skips_none(tmp_path: Path) -> None:
+    with installed(good_toy(), tmp_path):
+        report = check_plugin(DISTRIBUTION, stages=STAGES)
+    assert report.counts == {"passed": len(report.results)}, told(report)
+    assert {result.check for result in report.results} == {
+        name for name, check in load_checks().items() if check.stage in STAGES
+    }
+
+
+def test_every_check_has_a_mutation() -> None:
+    wanted = {name for name, check in load_checks().items() if check.stage in STAGES}
+    assert {mutation.check for mutation in MUTATIONS} == wanted
+
+
+def test_a_predictor_has_at_least_thirty_checks() -> None:
+    ours = [c for c in load_checks().values() if c.stage in STAGES and "predictor" in (c.roles or ())]
+    assert len(ours) >= 30
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.check}-{m.says}"[:60].replace(" ", "_"))
+def test_a_broken_toy_fails(tmp_path: Path, mutation: Mutation) -> None:
+    with installed(mutation.toy(), tmp_path):
+        report = check_plugin(DISTRIBUTION, only=[mutation.check], in_process=True)
+    result = next(r for r in report.results if r.subject == mutation.subject)
+    assert result.status is Outcome.FAILED, f"{result.status} {result.message}"
+    assert mutation.says in result.message, told(report)

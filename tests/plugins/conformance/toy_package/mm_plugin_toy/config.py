@@ -1,0 +1,46 @@
+"""What a section may say. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from mm_core.config.section import SectionModel
+
+Size = Annotated[int, Field(ge=1, le=64)]
+
+
+class ToyDiTConfig(SectionModel):
+    channels: Size = 4
+    width: Annotated[int, Field(ge=2, le=64, multiple_of=2)] = 8
+    text_dim: Size = 6
+    num_layers: Size = 2
+
+
+class ToyVAEConfig(SectionModel):
+    latent_channels: Size = 4
+
+    def size_problem(self, frames: int, height: int, width: int) -> str | None:
+        for name, size in (("height", height), ("width", width)):
+            if size % 2:
+                return f"{name} must be even"
+        return None
+
+
+class ToyTextConfig(SectionModel):
+    vocab_size: Size = 16
+    width: Size = 6
+
+
+class ToyFlowConfig(SectionModel):
+    num_train_timesteps: Annotated[int, Field(ge=2, le=10000)] = 100
+    guidance_scale: float = 1.0
+
+
+class ToyClipsConfig(SectionModel):
+    samples: Size = 4
+
+
+class ToyPipelineConfig(SectionModel):
+    input_size: tuple[Size, Size, Size]

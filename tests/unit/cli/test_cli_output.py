@@ -1,0 +1,61 @@
+"""`mm list` as a process: what it imports, and what it says when its output cannot be written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mm_core
+import mm_registry
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["list"], ["list", "--format", "json", "--group", "all"], ["--help"]])
+def test_full_disk_is_one_sentence(arguments: list[str], unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "mm_core", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == "mm: cannot write output: No space left on device"
+    assert "Traceback" not in run.stderr
+
+
+def test_list_imports_nothing_slow() -> None:
+    # Without `site`: it may import anything for the editable installs of a developer's environment.
+    ours = [str(Path(package.__file__ or "").parents[1]) for package in (mm_core, mm_registry)]
+    program = (
+        f"import sys; sys.path[:0] = {[*ours, *sys.path]!r}\n"
+        "from mm_core.cli.main import main\n"
+        "code = main(['list', '--format', 'json'])\n"
+        "print(*sorted(sys.modules), sep='\\n', file=sys.stderr)\n"
+        "raise SystemExit(code)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    modules = {name.strip().partition(".")[0] for name in run.stderr.splitlines()}
+    assert "mm_registry" in modules
+    slow = {"torch", "numpy", "pydantic", "yaml", "email", "http", "ssl", "urllib", "zipfile", "packaging"}
+    slow |= {
+        "importlib_metadata",
+        "pluggy",
+        "tomllib",
+        "tomlkit",
+        "traceback",
+        "hashlib",
+        "difflib",
+        "select",
+    }
+    assert not slow & modules
+    assert not [name for name in modules if name.startswith("mm_plugin")]
