@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -96,15 +96,19 @@ def _counts(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _sections(results: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """What did not pass, by how: the reasons, then tracebacks."""
+    """What did not pass, by how: the reasons, then tracebacks. Checks with one reason share a line."""
     for status in ("crashed", "failed", "unexpected_pass", "known_failure", "skipped"):
         chosen = [result for result in results if result["status"] == status]
         if chosen:
             yield f"\n{status.replace('_', ' ')}\n"
+        reasons: dict[tuple[str, str, str], list[str]] = defaultdict(list)
         for result in chosen:
-            yield f"  {result['subject']} {result['check']}: {result['message']}\n"
-            if status in ("crashed", "failed") and result["detail"]:
-                yield _indented(result["detail"])
+            detail = result["detail"] if status in ("crashed", "failed") else ""
+            reasons[result["subject"], result["message"], detail].append(result["check"])
+        for (subject, message, detail), checks in reasons.items():
+            yield f"  {subject} {', '.join(checks)}: {message}\n"
+            if detail:
+                yield _indented(detail)
 
 
 def _imports(records: Sequence[Mapping[str, Any]]) -> str:

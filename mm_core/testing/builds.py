@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Inputs = dict[str, Any]
 MAX_PARAMETERS = 20_000_000
 """A tiny component has fewer; more would take minutes on a CPU."""
-_CHANNELS = ("in_channels", "in_dim", "latent_channels", "z_dim")
+_CHANNELS = ("in_channels", "in_dim", "latent_channels", "channels")
 _TEXT_WIDTHS = (
     "text_dim",
     "caption_channels",

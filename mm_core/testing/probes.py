@@ -22,6 +22,7 @@ def modules_after_discovery(plugin: Plugin) -> list[str]:
     the plugin, and which heavy ones, are imported then.
     """
     packages = {value.partition(":")[0].partition(".")[0].strip() for _, _, value in plugin.record.entries}
+    packages -= {"mm_core", "mm_registry"}  # which ask the question
     job = {
         "path": absolute_path(),
         "location": str(Path(plugin.record.info).parent),
@@ -44,20 +45,24 @@ def after_uninstall(plugin: Plugin, remaining: Path) -> dict[str, Any]:
             entry.suffix in (".dist-info", ".egg-info") or entry.suffix == ".egg"
         ):
             (remaining / entry.name).symlink_to(entry)
-    # An editable install's source and the working directory hold what a build left there, which is not installed.
-    places = {str(location): str(remaining), os.getcwd(): None}
-    if plugin.record.editable:
-        places[str(Path(plugin.record.path).resolve())] = None
-    path = [places.get(entry, entry) for entry in absolute_path()]
+    leftovers = build_folders(plugin) - {str(location)}
+    path = [str(remaining) if entry == str(location) else entry for entry in absolute_path()]
     wanted = [(spec.group, spec.id) for spec in plugin.components]
     job = {
-        "path": [entry for entry in path if entry is not None],
+        "path": [entry for entry in path if entry not in leftovers],
         "distribution": plugin.distribution,
         "ids": wanted,
     }
     # Without `site`, nothing of the plugin's can run at start-up either.
     answer: dict[str, Any] = _ask("uninstalled", job, "-S")
     return answer
+
+
+def build_folders(plugin: Plugin) -> set[str]:
+    """Folders on the path that hold what a build left there, which is not installed: the working directory, and the
+    source of an editable install.
+    """
+    return {os.getcwd(), *([str(Path(plugin.record.path).resolve())] if plugin.record.editable else [])}
 
 
 def recorded_files(plugin: Plugin) -> list[str]:

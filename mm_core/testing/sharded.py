@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.sharding import FSDP2Mixin, ShardingPolicy
 from mm_core.testing import builds
-from mm_core.testing.check import CheckFailed
+from mm_core.testing.check import CheckFailed, CheckSkipped
 from mm_core.testing.forked import RankError, run_ranks
 from mm_core.weights import materialize
 from mm_core.weights.tensors import named_parameters
@@ -152,11 +152,15 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
 
     Raises:
         CheckFailed: a rank raised; the last line of its traceback is the message.
+        CheckSkipped: a rank raised that.
     """
     try:
         return run_ranks(function, world, *args, timeout=60)
     except RankError as error:
         text = str(error).strip()
+        name, _, why = text.splitlines()[-1].partition(": ")
+        if name.endswith(CheckSkipped.__name__):
+            raise CheckSkipped(why) from None
         raise CheckFailed(f"on {world} rank{'s' * (world > 1)}: {text.splitlines()[-1]}", text) from None
 
 

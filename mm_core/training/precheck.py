@@ -25,8 +25,8 @@ def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
 
     Raises:
         ConfigError: a pattern of fsdp2.yaml does not fit the model; the finding points at it.
-        UserError: fields that the model refuses, patterns that match nothing, a wrong weights adapter, a `--load` without a complete
-            checkpoint.
+        UserError: fields that the model refuses, patterns that match nothing, a wrong weights adapter, a `--load`
+            without a complete checkpoint.
     """
     load = job.flags.load
     if load is not None and not is_hf_folder(Path(load)):

@@ -105,8 +105,10 @@ def _record_of(copies: list[Copy], search: Search) -> Record | None:
 def _differing(record: Record, chosen: Copy, others: Iterable[Copy], search: Search) -> Iterator[Diagnostic]:
     """What to say of the other copies of a distribution."""
     for other in others:
-        if other.failed:
-            continue
+        if other.failed or (
+            other.is_egg and record.editable and _lies_in(other.folder.location, record.path)
+        ):
+            continue  # (setuptools leaves an egg-info in the source of an editable install)
         try:
             version = other.fields().version
         except Exception as error:  # noqa: BLE001 - one guarded call per distribution, see the module's docstring
@@ -123,6 +125,10 @@ def _differing(record: Record, chosen: Copy, others: Iterable[Copy], search: Sea
             f"({other.folder.info}): remove the one that you do not mean"
         )
         yield Diagnostic("warning", "installed-twice", message, record.name, other.folder.info)
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return os.path.join(path, "").startswith(os.path.join(folder, ""))
 
 
 def _by_preference(copies: Iterable[Copy]) -> list[Copy]:

@@ -107,7 +107,7 @@ def unmet(
     """Yield (name, `name>=1.2`, installed version or None) of each requirement that no installed version fits."""
     for requirement in requirements:
         version = version_of(requirement.name)
-        if version is None or not requirement.specifier.contains(version, prereleases=True):
+        if version is None or not _contains(requirement, version):
             yield canonical_name(requirement.name), f"{requirement.name}{_ordered(requirement)}", version
 
 
@@ -160,8 +160,15 @@ def _fits(requirement: str, version: str) -> bool:
     if plain is None or not _is_release(version):
         from packaging.requirements import Requirement
 
-        return Requirement(requirement).specifier.contains(version, prereleases=True)
+        return _contains(Requirement(requirement), version)
     return all(_COMPARE[sign](_release(version), _release(bound)) for sign, bound in plain[1])
+
+
+def _contains(requirement: Requirement, version: str) -> bool:
+    try:
+        return requirement.specifier.contains(version, prereleases=True)
+    except ValueError:  # older ones of packaging raise for a version that is none
+        return False
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +41,52 @@ def test_the_whole_toy_passes_every_check_and_skips_none(tmp_path: Path) -> None
     assert {result.check for result in report.results} == {
         name for name, check in load_checks().items() if check.stage in STAGES
     }
+
+
+def test_without_examples_sizes_are_derived_and_nothing_fails(tmp_path: Path) -> None:
+    toy = good_toy()
+    del toy.entries["mm_core.examples"]
+    names = [
+        "predicts-the-latents-shape",
+        "decodes-to-the-video-shape",
+        "padding-does-not-matter",
+        "dataset-has-items",
+    ]
+    with installed(toy, tmp_path):
+        report = check_plugin(DISTRIBUTION, only=names, in_process=True)
+    found = {result.check: (str(result.status), result.message) for result in report.results}
+    why = "its plugin declares no example with data that it could read"
+    assert found == {**dict.fromkeys(names[:3], ("passed", "")), "dataset-has-items": ("skipped", why)}
+
+
+def test_without_an_example_a_model_of_the_published_size_is_not_built(tmp_path: Path) -> None:
+    toy = good_toy()
+    del toy.entries["mm_core.examples"]
+    toy.replace(
+        "config.py", "width: Annotated[int, Field(ge=2, le=64, multiple_of=2)] = 8", "width: int = 4096"
+    )
+    with installed(toy, tmp_path):
+        report = check_plugin(DISTRIBUTION, only=["learns"], in_process=True)
+    (result,) = report.results
+    assert result.status is Outcome.SKIPPED
+    assert "million parameters; declare a tiny example" in result.message
+
+
+def test_without_an_example_defaults_that_do_not_do_are_no_failure(tmp_path: Path) -> None:
+    toy = good_toy()
+    del toy.entries["mm_core.examples"]
+    toy.replace("config.py", "width: Annotated[int, Field(ge=2, le=64, multiple_of=2)] = 8", "width: int")
+    with installed(toy, tmp_path):
+        report = check_plugin(DISTRIBUTION, only=["learns", "builds-on-meta"], in_process=True)
+    assert report.counts == {"skipped": 2}
+    assert all("its defaults do not do" in result.message for result in report.results)
+
+
+def test_reading_the_list_of_checks_imports_no_torch() -> None:
+    code = (
+        "import sys; from mm_core.testing import load_checks; load_checks(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
 def test_every_check_has_a_mutation() -> None:

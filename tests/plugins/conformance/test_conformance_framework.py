@@ -15,6 +15,7 @@ from toy import Toy, good_toy, installed
 from toy_site import DISTRIBUTION
 
 from mm_core.testing import CHECKS, Outcome, Report, Result, check_plugin, load_checks
+from mm_core.testing.catalogue import with_catalogue
 from mm_registry.errors import UserError
 
 DIT = "predictor/toy_dit"
@@ -178,7 +179,7 @@ def test_unknown_names_are_errors_of_the_user(install: Callable[[Toy], Path]) ->
         check_plugin("pytest")
     with pytest.raises(UserError, match="did you mean 'pickles-by-id'"):
         check_plugin(DISTRIBUTION, only=["pickle-by-id"])
-    with pytest.raises(UserError, match="no stage 'bild'.*did you mean 'build'"):
+    with pytest.raises(UserError, match=r"no stage 'bild'.*did you mean 'build'"):
         check_plugin(DISTRIBUTION, stages=["bild"])
 
 
@@ -187,6 +188,11 @@ def test_thirty_checks_apply_to_a_component_of_each_kind() -> None:
     for role in ("predictor", "ae", "text_encoder", "diffusion"):
         applying = [c for c in CHECKS.values() if not c.whole_plugin and (c.roles is None or role in c.roles)]
         assert len(applying) >= 30, role
+
+
+def test_the_documentation_lists_the_checks() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "conformance.md").read_text(encoding="utf-8")
+    assert with_catalogue(page) == page, "run: python -m mm_core.testing.catalogue docs/conformance.md"
 
 
 # pytest

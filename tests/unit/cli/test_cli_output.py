@@ -56,6 +56,7 @@ def test_list_imports_nothing_slow() -> None:
         "hashlib",
         "difflib",
         "select",
+        "dataclasses",
     }
     assert not slow & modules
     assert not [name for name in modules if name.startswith("mm_plugin")]

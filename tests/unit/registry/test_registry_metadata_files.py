@@ -133,6 +133,7 @@ VERSION = st.sampled_from(
         "0.1+local",
         "1!0",
         "1.*",
+        "no version",
     ]
 )
 BOUND = st.builds(

@@ -178,6 +178,15 @@ class TestEditable:
         (tmp_path / "moved").mkdir()
         assert read(site.root).diagnostics == ()
 
+    def test_egg_info_in_its_own_source_is_no_news(self, make_site: Callable[..., Any]) -> None:
+        site, source = make_site("site"), make_site("source")
+        source.add("acme", "0.9", {GROUP: {"stale": "acme:Stale"}}, suffix="egg-info")
+        url = {"url": f"file://{source.root}", "dir_info": {"editable": True}}
+        site.add("acme", "1.0", ENTRY, direct_url=url)
+        installed = read(source.root, site.root)
+        assert [record.version for record in installed.records] == ["1.0"]
+        assert installed.diagnostics == ()
+
     def test_setup_py_develop(self, make_site: Callable[..., Any]) -> None:
         site, source = make_site("site"), make_site("source")
         source.add("acme-wan", entries=ENTRY, suffix="egg-info")
