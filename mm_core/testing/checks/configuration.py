@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,9 +37,10 @@ def config_refuses_unknown_keys(case: Case) -> None:
 @check("a value of another type is refused by name", stage="light", roles=_WITH_SECTION)
 def config_refuses_wrong_types(case: Case) -> None:
     """A number or a switch written as a text, a switch for a number, a number for a switch."""
-    fields = {
-        key: value for key, value in case.component.fields.items() if isinstance(value, bool | int | float)
-    }
+    values = dict(case.component.fields)
+    if case.config_spec is None:  # the section is as written then; the constructor knows the rest
+        values = {**_constructor_defaults(case), **values}
+    fields = {key: value for key, value in values.items() if isinstance(value, bool | int | float)}
     places = _properties(case)
     section, tried = case.section, 0
     for key, value in fields.items():
@@ -159,6 +161,14 @@ def _wrong_values(value: bool | int | float) -> Iterator[Any]:
         yield from ("true" if value else "false", int(value))
     else:
         yield from (str(value), True)
+
+
+def _constructor_defaults(case: Case) -> dict[str, Any]:
+    try:
+        parameters = inspect.signature(case.target).parameters
+    except (TypeError, ValueError):
+        return {}
+    return {name: parameter.default for name, parameter in parameters.items()}
 
 
 def _properties(case: Case) -> Mapping[str, Any] | None:
