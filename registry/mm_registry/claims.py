@@ -13,6 +13,7 @@ from mm_registry.groups import ALIASES, BY_ROLE, FAREWELLS, GROUPS, HOOKS, PROVI
 from mm_registry.requirements import VersionOf, api_conflict, in_force, missing_of_extras, required_api
 from mm_registry.spec import RUNTIME, Diagnostic, EntrySpec, Status, canonical_name
 from mm_registry.suggestions import closest
+from mm_registry.words import shown
 
 if TYPE_CHECKING:
     from mm_registry.discovery import Installed, Record
@@ -23,8 +24,9 @@ _TARGET = re.compile(
     rf"\s*(?P<module>{_NAME}(?:\.{_NAME})*)\s*(?::\s*(?P<object>{_NAME}(?:\.{_NAME})*)\s*)?(?:\[(?P<extras>[^\]]*)\]\s*)?"
 )
 # No slash: `distribution/id` chooses one of several claims.
-_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
-_VERSION = re.compile(r"v?\d+(?:[._]\d+)*(?:[._-]?[a-z]+[._-]?\d*)*")
+_ID_LENGTH = 200
+_ID = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.+-]{{,{_ID_LENGTH - 1}}}")
+_VERSION = re.compile(r"v?[0-9][0-9a-z]*(?:[._-][0-9a-z]+)*")
 _EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 
@@ -49,12 +51,20 @@ def claims_of(record: Record, version_of: VersionOf) -> tuple[list[EntrySpec], l
         text = f"{record.name} {record.version}: {message}"
         diagnostics.append(Diagnostic(level, code, text, record.name, record.path))
 
+    if canonical_name(record.name) == RUNTIME:
+        reserved = f"the name {record.name!r} is reserved for what a program registers itself"
+        odd(
+            "error",
+            "reserved-name",
+            f"{reserved}, so none of its entries counts; give the distribution another name",
+        )
+        return [], diagnostics
     ranges, unreadable = required_api(record.requires)
     for line in unreadable:
         odd(
             "warning",
             "unreadable-requirement",
-            f"the requirement {line!r} cannot be parsed and is not checked",
+            f"the requirement {shown(line)} cannot be parsed and is not checked",
         )
     conflict = api_conflict(ranges, version_of)
 
@@ -81,7 +91,7 @@ def claims_of(record: Record, version_of: VersionOf) -> tuple[list[EntrySpec], l
         other = claims.get((group, id))
         if other is not None:
             if other.target != spec.target:
-                both = " and as ".join(sorted((other.target, spec.target)))
+                both = " and as ".join(sorted((shown(other.target), shown(spec.target))))
                 detail = f"its own distribution declares it twice: as {both}"
                 claims[group, id] = other._replace(status=Status.BROKEN, detail=detail)
                 odd("error", "declared-twice", f"{id!r} in {group} is declared twice")
@@ -89,13 +99,17 @@ def claims_of(record: Record, version_of: VersionOf) -> tuple[list[EntrySpec], l
         if is_fact:
             if target is None:
                 wanted = _FACTS[group]
-                spec = spec._replace(status=Status.BROKEN, detail=f"its value {value!r} is not {wanted}")
-                odd("error", "malformed-value", f"the value {value!r} of {id!r} in {group} is not {wanted}")
+                spec = spec._replace(status=Status.BROKEN, detail=f"its value {shown(value)} is not {wanted}")
+                odd(
+                    "error",
+                    "malformed-value",
+                    f"the value {shown(value)} of {id!r} in {group} is not {wanted}",
+                )
         elif target is None or (":" not in target and group != HOOKS):
-            detail = f"its target {value!r} is not of the form package.module:object"
+            detail = f"its target {shown(value)} is not of the form package.module:object"
             spec = spec._replace(status=Status.BROKEN, detail=detail)
             form = "is not of the form package.module:object"
-            odd("error", "malformed-target", f"the target {value!r} of {id!r} in {group} {form}")
+            odd("error", "malformed-target", f"the target {shown(value)} of {id!r} in {group} {form}")
         elif conflict is not None:
             spec = spec._replace(status=Status.INCOMPATIBLE, detail=conflict)
         elif extras and (missing := _missing(record, extras, version_of)):
@@ -120,15 +134,15 @@ def misnamed(group: str, id: str) -> str | None:
     if group not in GROUPS:
         near = closest(group, GROUPS, 1)
         mend = f"did it mean {near[0]!r}?" if near else f"the groups are {', '.join(GROUPS)}"
-        return f"there is no group {group!r} (entry {id!r}); {mend}"
+        return f"there is no group {shown(group)} (entry {shown(id)}); {mend}"
     role, slash, rest = id.partition("/")
     if group not in BY_ROLE:
         if _ID.fullmatch(id):
             return None
-        return f"{id!r} in {group} is not an id: letters, digits and _ . + - are allowed"
+        return f"{shown(id)} in {group} is not an id: at most {_ID_LENGTH} letters, digits and _ . + - are allowed"
     if slash and role in ROLES and _ID.fullmatch(rest):
         return None
-    return f"{id!r} in {group} is not of the form role/id; the roles are {', '.join(ROLES)}"
+    return f"{shown(id)} in {group} is not of the form role/id; the roles are {', '.join(ROLES)}"
 
 
 def preferred_without_claim(

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import base64
 import csv
+import errno
 import hashlib
 import importlib.util
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mm_registry.words import visible
 
 if TYPE_CHECKING:
     from mm_registry.discovery import Record
@@ -47,8 +51,8 @@ def digest_of(record: Record) -> tuple[str, str]:
     for package, folder in source_packages(record):
         for name, file in _files_below(folder):
             found = True
-            content = hashlib.sha256(file.read_bytes()).hexdigest()
-            digest.update(f"{package}/{name},{content}\n".encode())
+            content = _hash_of(file, "sha256").hex()
+            digest.update(f"{package}/{name},{content}\n".encode("utf-8", "surrogateescape"))
     return (FILES, digest.hexdigest()) if found else (NOTHING, "")
 
 
@@ -66,18 +70,19 @@ def damaged_files(record: Record) -> list[str]:
         if algorithm not in _HASHES:
             continue  # compiled files and RECORD itself are listed without
         try:
-            content = (root / path).read_bytes()
-        except OSError as error:
-            odd.append(f"{path} cannot be read ({error.strerror})")
+            content = _hash_of(root / path, algorithm)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            odd.append(f"{visible(path)} cannot be read ({reason})")
             continue
-        found = base64.urlsafe_b64encode(hashlib.new(algorithm, content).digest()).decode().rstrip("=")
+        found = base64.urlsafe_b64encode(content).decode().rstrip("=")
         if found != value.rstrip("="):
-            odd.append(f"{path} was changed after it was installed")
+            odd.append(f"{visible(path)} was changed after it was installed")
     listed = {os.path.normpath(path) for path, _, _ in lines}
     for package in _packages(record):
         for name, _ in _files_below(root / package):
             if os.path.normpath(f"{package}/{name}") not in listed:
-                odd.append(f"{package}/{name} was not installed with it")
+                odd.append(f"{visible(f'{package}/{name}')} was not installed with it")
     return sorted(odd)
 
 
@@ -127,7 +132,8 @@ def _files_below(place: Path) -> Iterator[tuple[str, Path]]:
         for name in files:
             if not name.endswith((".pyc", ".pyo")) and not name.startswith("."):
                 file = Path(folder, name)
-                found.append((file.relative_to(place).as_posix(), file))
+                if not _is_special(file):
+                    found.append((file.relative_to(place).as_posix(), file))
     yield from sorted(found)
 
 
@@ -136,7 +142,10 @@ def _record_lines(record: Record) -> list[tuple[str, str, str]] | None:
     text = _text(Path(record.info) / RECORD) if record.info else None
     if text is None:
         return None
-    rows = [row for row in csv.reader(text.splitlines()) if row]
+    try:
+        rows = [row for row in csv.reader(text.splitlines()) if row]
+    except csv.Error:
+        return None
     return [(row[0], row[1], row[2]) if len(row) >= 3 else (row[0], "", "") for row in rows]
 
 
@@ -149,6 +158,23 @@ def _is_packaged(path: str, record: Record) -> bool:
 
 def _text(file: Path) -> str | None:
     try:
-        return file.read_text(encoding="utf-8")
+        return None if _is_special(file) else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
+
+
+def _hash_of(file: Path, algorithm: str) -> bytes:
+    """Raises OSError or ValueError: it cannot be read."""
+    if _is_special(file):
+        raise OSError(errno.EINVAL, "it is no file but a pipe, a socket or a device", str(file))
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, algorithm).digest()
+
+
+def _is_special(file: Path) -> bool:
+    """Whether reading it could wait for ever; False if there is nothing."""
+    try:
+        mode = file.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mm_registry.words import visible
+
 if TYPE_CHECKING:
     from mm_registry.spec import EntrySpec
 
@@ -20,8 +22,8 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = visible(message)  # a name or a value in it may hold escape codes for the terminal
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         # Not inherited: a subclass that is a KeyError as well would print the message in quotes.

@@ -26,6 +26,7 @@ from mm_registry.groups import HOOKS
 from mm_registry.selection import CORE_DISTRIBUTIONS
 from mm_registry.spec import RUNTIME, EntrySpec, canonical_name
 from mm_registry.suggestions import closest
+from mm_registry.words import described, shown
 
 if TYPE_CHECKING:
     from mm_registry.manager import PluginManager
@@ -103,8 +104,12 @@ class ActiveHooks(pluggy.PluginManager):
         """
         try:
             self.register(module, name=spec.qualified_id)
-        except (pluggy.PluginValidationError, ValueError) as error:
-            text = " ".join(str(error).split())
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # pluggy looks at each name, and a module may have a __getattr__
+            by_pluggy = isinstance(error, pluggy.PluginValidationError | ValueError)
+            text = " ".join(str(error).split()) if by_pluggy else described(error)
             raise HookError(
                 f"the hooks of {spec.provider} ({spec.target}) cannot be used: {text}",
                 spec.distribution,
@@ -159,7 +164,7 @@ def activate(manager: PluginManager, distributions: Iterable[str]) -> ActiveHook
         if version is None:
             near = closest(name, {canonical_name(record.name) for record in manager.distributions()}, 1)
             mend = f"; did you mean {near[0]!r}?" if near else ""
-            raise UnavailablePluginError(f"the distribution {written!r} is not installed{mend}")
+            raise UnavailablePluginError(f"the distribution {shown(written)} is not installed{mend}")
         if manager.record(name) is None and name not in CORE_DISTRIBUTIONS:
             raise UnavailablePluginError(
                 f"the distribution {written!r} declares no entry point of MM Zoo, so that it has no hooks either"
@@ -224,8 +229,9 @@ def _call_each(hooks: pluggy.PluginManager, name: str, **arguments: Any) -> Iter
             results = hooks.subset_hook_caller(name, others)(**own)
         except (Exception, SystemExit) as error:  # a hook that exits would end the command, and with its code
             about = f"{arguments['role']} {arguments['model_id']!r}"
-            text = " ".join(f"{type(error).__name__}: {error}".split())
-            message = f"the hook {name} of {spec.provider} ({spec.target}) raised for {about}: {text[:400]}"
+            message = (
+                f"the hook {name} of {spec.provider} ({spec.target}) raised for {about}: {described(error)}"
+            )
             raise HookError(message, spec.distribution, spec.version, name) from error
         for result in results:
             yield spec, result

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 from mm_registry.errors import BrokenPluginError
 from mm_registry.groups import GROUPS
 from mm_registry.spec import EntrySpec, Status
 from mm_registry.suggestions import closest
+from mm_registry.words import described
 
 
 class Imports:
@@ -29,7 +31,8 @@ class Imports:
             try:
                 found = import_target(spec)
             except BrokenPluginError as error:
-                self._failures[spec.key] = error
+                if not _half_imported(spec):
+                    self._failures[spec.key] = error
                 raise
             self._objects.setdefault(spec.key, found)
         return self._objects[spec.key]
@@ -44,6 +47,12 @@ class Imports:
         """Return the entry as `broken` if its import failed, else None."""
         failure = self._failures.get(spec.key)
         return failure.spec if failure is not None else None
+
+
+def _half_imported(spec: EntrySpec) -> bool:
+    """Whether the target's module is being imported, by this thread or another: what is not there yet may come."""
+    module = sys.modules.get(spec.target.partition(":")[0])
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
 def import_target(spec: EntrySpec) -> object:
@@ -62,11 +71,17 @@ def import_target(spec: EntrySpec) -> object:
         try:
             found = getattr(found, attribute)
         except AttributeError as error:
-            near = closest(attribute, (name for name in dir(found) if name[:1] != "_"), 1)
+            if _half_imported(spec):
+                reason = f"its target {spec.target} was asked for while its module is still being imported"
+                raise broken(spec, f"{reason}; ask for it later, not at the top of a module") from error
+            near = closest(attribute, _public_names(found), 1)
             mend = f"; did it mean {near[0]!r}?" if near else ""
             reason = f"its target {spec.target} is missing: {_name_of(found)} has no {attribute!r}{mend}"
             raise broken(spec, reason, mend=_see(spec)) from error
-        except Exception as error:  # a module's own __getattr__ imports lazily, so it fails in the same ways
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a module's own __getattr__ imports lazily, so it fails in the same ways
             raise broken(spec, _why_import_failed(spec, module_name, error), mend=_see(spec)) from error
     return found
 
@@ -97,9 +112,7 @@ def _why_import_failed(spec: EntrySpec, module: str, error: BaseException) -> st
             f"its target {spec.target} needs the module {error.name!r}, which is not installed; "
             "install the distribution that provides it, into this environment"
         )
-    text = " ".join(str(error).split())
-    said = f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-    return f"importing its target {spec.target} raised {said}{_place(error)}"
+    return f"importing its target {spec.target} raised {described(error)}{_place(error)}"
 
 
 def _see(spec: EntrySpec) -> str:
@@ -114,6 +127,13 @@ def _place(error: BaseException) -> str:
 
     frames = traceback.extract_tb(error.__traceback__)
     return f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+
+
+def _public_names(found: object) -> list[str]:
+    try:
+        return [name for name in dir(found) if name[:1] != "_"]
+    except Exception:  # noqa: BLE001 - a module's own __dir__; the names are only a suggestion
+        return []
 
 
 def _name_of(found: object) -> str:

@@ -13,19 +13,24 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mm_registry.contents import FILES, damaged_files, digest_of
 from mm_registry.errors import RegistryError
 from mm_registry.groups import GROUPS
 from mm_registry.spec import canonical_name
+from mm_registry.words import described, shown
 
 if TYPE_CHECKING:
     from mm_registry.discovery import Record
     from mm_registry.manager import PluginManager
 
+_T = TypeVar("_T")
+_LONGEST = 4096  # characters of a name, a target, a path
+_SHOWN = 20  # differences in one message
 NAME = "mmzoo.lock"
 FORMAT = 1
 _REGISTRY = "mmzoo-registry"  # it has no entries, but decides what those of the others mean
@@ -81,8 +86,8 @@ class Locked:
         if kind in ("local", "wheel", "archive") and place:
             return f"pip install {shlex.quote(place)}"
         if "+" in kind and "@" in self.origin:
-            return f"pip install '{self.origin}'"
-        return f"pip install '{self.name}=={self.version}'"
+            return f"pip install {_quoted(self.origin)}"
+        return f"pip install {_quoted(f'{self.name}=={self.version}')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +168,8 @@ def read_lock(path: Path) -> Lock:
         LockError: there is none, or it is no lock.
     """
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise LockError(f"{path}: the lock file cannot be read (it is no file but a pipe or a device)")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise LockError(
@@ -171,16 +178,19 @@ def read_lock(path: Path) -> Lock:
     except OSError as error:
         raise LockError(f"{path}: the lock file cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise _garbled(path, f"it is not JSON ({error})") from error
+        raise _garbled(path, f"it is not JSON ({described(error)})") from error
     number = content.get("format") if isinstance(content, dict) else None
     if number != FORMAT:
-        raise _garbled(path, f"its format is {number!r}, and this version reads {FORMAT}")
+        raise _garbled(path, f"its format is {shown(number)}, and this version reads {FORMAT}")
     try:
         distributions = [_locked(entry) for entry in content["distributions"]]
         fingerprint = content["fingerprint"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _garbled(path, f"{type(error).__name__}: {error}") from error
-    return Lock({canonical_name(locked.name): locked for locked in distributions}, str(fingerprint))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _garbled(path, described(error)) from error
+    by_name = {canonical_name(locked.name): locked for locked in distributions}
+    if len(by_name) < len(distributions):
+        raise _garbled(path, "it names a distribution twice")
+    return Lock(by_name, str(fingerprint))
 
 
 def write_lock(path: Path, lock: Lock) -> None:
@@ -189,15 +199,21 @@ def write_lock(path: Path, lock: Lock) -> None:
     Raises:
         LockError: it cannot be written.
     """
+    path = Path(os.path.realpath(path))  # a link stays one
+    if (
+        path.exists() and not path.is_file()
+    ):  # what replaces a device, /dev/stdout say, would harm more than help
+        raise LockError(f"{path}: the lock file cannot be written (it is no file)")
     temporary = path.with_name(f".tmp-{path.name}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(lock.to_text())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise LockError(f"{path}: the lock file cannot be written ({error.strerror})") from error
 
 
@@ -242,9 +258,14 @@ def require_lock(path: Path, manager: PluginManager) -> None:
     """
     drift = compare(read_lock(path), current_lock(manager))
     if drift:
-        lines = "\n".join(f"  {line}" for line in drift)
+        lines = [f"  {line}" for line in drift[:_SHOWN]]
+        if len(drift) > _SHOWN:
+            lines.append(
+                f"  … and {len(drift) - _SHOWN} more (`mm plugin verify --lock-file {path}` has all)"
+            )
+        listed = "\n".join(lines)
         raise LockError(
-            f"--locked: the installed plugins are not those of {path}:\n{lines}\n"
+            f"--locked: the installed plugins are not those of {path}:\n{listed}\n"
             f"Put them back, or accept what is installed: mm plugin lock --output {path}",
             drift,
         )
@@ -331,22 +352,37 @@ def _compare_ids(locked: Locked, installed: Locked, called: str) -> list[str]:
 
 
 def _reinstall(record: Record) -> str:
-    return f"pip install --force-reinstall --no-deps '{record.name}=={record.version}'"
+    return f"pip install --force-reinstall --no-deps {_quoted(f'{record.name}=={record.version}')}"
+
+
+def _quoted(text: str) -> str:
+    """In quotes for a shell, needed or not; `text` may come from a lock that someone else wrote."""
+    inner = text.replace("'", "'\"'\"'")
+    return f"'{inner}'"
 
 
 def _locked(entry: Mapping[str, Any]) -> Locked:
     ids = entry["ids"]
     contents = entry["contents"]
     return Locked(
-        str(entry["name"]),
-        str(entry["version"]),
-        str(entry["origin"]),
-        bool(entry["editable"]),
-        bool(entry["selected"]),
-        str(contents["of"]),
-        str(contents["sha256"]),
-        {str(group): {str(id): str(target) for id, target in named.items()} for group, named in ids.items()},
+        _of(str, entry["name"]),
+        _of(str, entry["version"]),
+        _of(str, entry["origin"]),
+        _of(bool, entry["editable"]),
+        _of(bool, entry["selected"]),
+        _of(str, contents["of"]),
+        _of(str, contents["sha256"]),
+        {group: {id: _of(str, target) for id, target in named.items()} for group, named in ids.items()},
     )
+
+
+def _of(kind: type[_T], value: Any) -> _T:
+    """A value, if it is of that kind; a text must be one that can be shown on a line."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{shown(value)} is not of type {kind.__name__}")
+    if isinstance(value, str) and (len(value) > _LONGEST or not value.isprintable()):
+        raise ValueError(f"{shown(value)} is too long, or has characters that cannot be printed")
+    return value
 
 
 def _garbled(path: Path, why: str) -> LockError:

@@ -31,6 +31,8 @@ _COMPARE = {
     ">": operator.gt,
 }
 _Bounds = list[tuple[str, str]]
+_DIGITS = 18  # of one number of a plain version; Python refuses to read one of thousands
+_UNREADABLE = (ValueError, RecursionError)  # the latter for brackets in brackets in brackets
 
 
 def required_api(requires: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
@@ -52,7 +54,7 @@ def required_api(requires: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
         try:
             requirement = Requirement(line)
             applies = _applies(requirement)
-        except ValueError:  # InvalidRequirement, or a marker that compares what cannot be compared
+        except _UNREADABLE:  # InvalidRequirement, or a marker that compares what cannot be compared
             unreadable.append(line)
             continue
         if applies:
@@ -95,7 +97,7 @@ def in_force(requires: Iterable[str], extras: Sequence[str] = ()) -> Iterator[Re
             requirement = Requirement(line)
             always = _applies(requirement)
             holds = not always and any(_applies(requirement, extra) for extra in extras) if extras else always
-        except ValueError:
+        except _UNREADABLE:
             continue
         if holds:
             yield requirement
@@ -150,7 +152,8 @@ def _plain_bound(text: str) -> tuple[str, str] | None:
 def _is_release(version: str) -> bool:
     """Whether a version is numbers and dots only, written without needless zeros: `"1.20"`."""
     return version.isascii() and all(
-        number.isdigit() and (number[0] != "0" or number == "0") for number in version.split(".")
+        number.isdigit() and len(number) <= _DIGITS and (number[0] != "0" or number == "0")
+        for number in version.split(".")
     )
 
 

@@ -20,6 +20,7 @@ from mm_registry.errors import SelectionError
 from mm_registry.groups import COMPANION_GROUPS, GROUPS, ROLES
 from mm_registry.spec import RUNTIME, Status, canonical_name
 from mm_registry.suggestions import closest
+from mm_registry.words import clip, shown
 
 VARIABLE = "MM_PLUGINS"
 PROJECT_FILE = "mmzoo.toml"
@@ -41,7 +42,7 @@ def find_project_file(folder: str | os.PathLike[str] | None = None) -> str | Non
         return None
     while True:
         path = os.path.join(folder, PROJECT_FILE)
-        if os.path.isfile(path):
+        if os.path.lexists(path):  # a dangling link, too: what is meant to be said must not go unheard
             return path
         parent = os.path.dirname(folder)
         if parent == folder:
@@ -101,32 +102,36 @@ class SelectionLayer(NamedTuple):
             if key not in KEYS:
                 near = closest(str(key), KEYS, 1)
                 mend = f'did you mean "{near[0]}"?' if near else f"the keys are {', '.join(KEYS)}"
-                raise refuse(f'"{key}" is no key of a selection of plugins; {mend}', key)
+                raise refuse(f'"{clip(str(key))}" is no key of a selection of plugins; {mend}', key)
         lists: dict[str, frozenset[str]] = {}
         for key in KEYS[:3]:
             names = table.get(key, [])
             if not isinstance(names, list):
-                raise refuse(f'"{key}" is {names!r}, expected a list of distributions', key)
+                raise refuse(f'"{key}" is {shown(names)}, expected a list of distributions', key)
             for index, name in enumerate(names):
                 if not isinstance(name, str) or not name.strip():
-                    raise refuse(f'"{key}" holds {name!r}, expected the name of a distribution', key, index)
-                if key == "disable" and canonical_name(name) in CORE_DISTRIBUTIONS:
-                    problem = f"{name} is MM Zoo itself and cannot be disabled"
+                    raise refuse(
+                        f'"{key}" holds {shown(name)}, expected the name of a distribution', key, index
+                    )
+                if key == "disable" and canonical_name(name) in (*CORE_DISTRIBUTIONS, RUNTIME):
+                    is_runtime = canonical_name(name) == RUNTIME
+                    what = "what the program registers itself" if is_runtime else "MM Zoo itself"
+                    problem = f"{name} is {what} and cannot be disabled"
                     raise refuse(problem, key, index, name=name)
             lists[key] = frozenset(canonical_name(name) for name in names)
         for name in sorted(lists["disable"] & lists["enable"]):
-            problem = f"{name} is listed under both enable and disable; keep one of them"
+            problem = f"{clip(name)} is listed under both enable and disable; keep one of them"
             index = [canonical_name(written) for written in table["enable"]].index(name)
             raise refuse(problem, "enable", index, name=name)
         prefer = table.get("prefer", {})
         if not isinstance(prefer, Mapping):
-            raise refuse(f'"prefer" is {prefer!r}, expected a table from ids to distributions', "prefer")
+            raise refuse(f'"prefer" is {shown(prefer)}, expected a table from ids to distributions', "prefer")
         for key, name in prefer.items():
             no_id = _no_id(key)
             if no_id is not None:
                 raise refuse(no_id, "prefer", key)
             if not isinstance(name, str) or not name.strip():
-                problem = f'"prefer" has {name!r} for {key!r}, expected the name of a distribution'
+                problem = f'"prefer" has {shown(name)} for {shown(key)}, expected the name of a distribution'
                 raise refuse(problem, "prefer", key)
         return cls(
             origin,
@@ -152,7 +157,11 @@ class SelectionLayer(NamedTuple):
             if name not in names and name != RUNTIME and not installed(name):
                 near = closest(name, names, 1)
                 mend = f"; did you mean {near[0]!r}?" if near else ""
-                what = f"{key}s {name!r} for {item!r}" if key == "prefer" else f"{_SAYS[key]} {name!r}"
+                what = (
+                    f"{key}s {shown(name)} for {shown(item)}"
+                    if key == "prefer"
+                    else f"{_SAYS[key]} {shown(name)}"
+                )
                 yield (key, item), f"{self.where(key, item)} {what}, which is not installed{mend}"
 
 
@@ -227,7 +236,7 @@ def layers_of(
     if environment == USUAL:
         environment = environment_file()
     files = [
-        environment if environment is not None and os.path.exists(environment) else None,
+        environment if environment is not None and os.path.lexists(environment) else None,
         find_project_file(None if project == USUAL else project) if project is not None else None,
     ]
     layers = [SelectionLayer.from_environ(environ)]
@@ -249,7 +258,8 @@ def _or_enable(layer: SelectionLayer, name: str) -> str:
 def _not_listed(layer: SelectionLayer, name: str) -> str:
     if layer.origin == VARIABLE:
         wanted = f"{layer.written},{name}" if layer.allow else name
-        return f"{VARIABLE}={layer.written!r} does not list {name}; set {VARIABLE}={wanted!r}, or unset it"
+        mend = f"set {VARIABLE}={wanted!r}" if len(wanted) <= 200 else f"add ,{name} to it"
+        return f"{VARIABLE}={shown(layer.written, 200)} does not list {name}; {mend}, or unset it"
     return f"allow at {layer.where('allow')} does not list {name}; add it there"
 
 
@@ -264,4 +274,4 @@ def _no_id(key: object) -> str | None:
         return None
     near = closest(role, roles, 1) if slash and role not in roles else []
     mend = f"did you mean {near[0]!r}?" if near else f"the roles are {', '.join(ROLES)}"
-    return f"{key!r} under prefer is not of the form role/id, such as predictor/wandit; {mend}"
+    return f"{shown(key)} under prefer is not of the form role/id, such as predictor/wandit; {mend}"

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import tomllib  # this module is imported only when there is such a file
 
 from mm_registry.errors import SelectionError
 from mm_registry.selection import SelectionLayer
 from mm_registry.spec import canonical_name
 from mm_registry.suggestions import closest
+from mm_registry.words import clip, described
 
 _TABLE = "plugins"
+_LIMIT = 1 << 20  # bytes
+_UTF8_MARK = b"\xef\xbb\xbf"
 _NAME = r"""(?:"[^"\\]*"|'[^']*'|[A-Za-z0-9_-]+)"""
 _HEADER = re.compile(rf"\s*\[\s*({_NAME}(?:\s*\.\s*{_NAME})*)\s*\]\s*(?:#.*)?$")
 _KEY = re.compile(rf"\s*({_NAME}(?:\s*\.\s*{_NAME})*)\s*=")
@@ -28,10 +32,21 @@ def read_layer(path: str | os.PathLike[str]) -> SelectionLayer:
     """
     origin = shown_path(path)
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading it could wait for ever
+            raise SelectionError("the file cannot be read: it is a pipe, a socket or a device", origin)
         with open(path, "rb") as file:
-            raw = file.read()
+            raw = file.read(_LIMIT + 1)
     except OSError as error:
         raise SelectionError(f"the file cannot be read: {error.strerror or error}", origin) from error
+    if len(raw) > _LIMIT:
+        raise SelectionError(
+            f"the file is larger than {_LIMIT >> 20} MiB, so it cannot be what is meant", origin
+        )
+    if raw.startswith(_UTF8_MARK):
+        raise SelectionError(
+            "the file starts with a byte order mark; save it as UTF-8 without one", origin, 1
+        )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -44,11 +59,13 @@ def read_layer(path: str | os.PathLike[str]) -> SelectionLayer:
         line = int(said[1]) if said else text.count("\n") + 1
         problem = re.sub(r" \(at .*\)$", "", str(error))
         raise SelectionError(f"this is no TOML: {problem}", origin, line) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or brackets
+        raise SelectionError(f"this cannot be read as TOML: {described(error)}", origin) from error
     lines = _lines(text)
     for key in data:
         if key != _TABLE:
             mend = 'did you mean "plugins"?' if closest(key, [_TABLE], 1) else "the only table is [plugins]"
-            problem = f'"{key}" is unknown in a selection file; {mend}'
+            problem = f'"{clip(key)}" is unknown in a selection file; {mend}'
             raise SelectionError(problem, origin, lines.get((key,)), (key,))
     table = data.get(_TABLE, {})
     if not isinstance(table, dict):
@@ -74,7 +91,7 @@ def _lines(text: str) -> dict[tuple[str, ...], int]:
     lines: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
     current: tuple[str, ...] = ()
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         header = _HEADER.match(line)
         key = _KEY.match(line)
         rest = line

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import nn
 
+from mm_core.models.autoencoders import check_folder_agrees, posterior_latents
 from mm_core.models.pretrained import load_pretrained
 from mm_core.models.protocols import Generators
 from mm_registry.errors import UserError
@@ -64,7 +65,7 @@ class WanVideoVAE(nn.Module):
         if model is None:
             model = _build(given)
         else:
-            _check_agreement(given, model.config)
+            check_folder_agrees("wan_video_vae", given, model.config)
         self.model = model
         self.do_sample = do_sample
         config = model.config
@@ -147,13 +148,7 @@ class WanVideoVAE(nn.Module):
         """
         self.latent_shape(*video.shape[2:])
         posterior = self.model.encode(video.to(self.dtype)).latent_dist
-        if not self.do_sample:
-            latents = posterior.mode()
-        elif generator is None or isinstance(generator, torch.Generator):
-            latents = posterior.sample(generator=generator)
-        else:
-            latents = posterior.sample(generator=list(generator))
-        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        latents = posterior_latents(posterior, do_sample=self.do_sample, generator=generator)
         return (latents - self._shift.to(latents)) * self._scale.to(latents)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -195,23 +190,6 @@ def _build(given: dict[str, Any]) -> AutoencoderKLWan:
     fields["scale_factor_temporal"] = 2 ** sum(downsample)
     fields["scale_factor_spatial"] = 2 ** (stages - 1) * (patch or 1)
     return AutoencoderKLWan(**fields)
-
-
-def _check_agreement(given: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    wrong = [
-        f"{name} {value} (the folder has {config.get(name)})"
-        for name, value in given.items()
-        if _comparable(config.get(name)) != _comparable(value)
-    ]
-    if wrong:
-        raise UserError(
-            f"wan_video_vae: the ae section contradicts its pretrained folder: {', '.join(wrong)}; "
-            "remove these keys"
-        )
-
-
-def _comparable(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else value
 
 
 def _factors(config: Mapping[str, Any]) -> tuple[int, int, int]:

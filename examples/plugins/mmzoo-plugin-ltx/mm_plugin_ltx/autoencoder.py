@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLLTXVideo
 from torch import nn
 
+from mm_core.models.autoencoders import check_folder_agrees, posterior_latents
 from mm_core.models.pretrained import load_pretrained
 from mm_core.models.protocols import Generators
 from mm_registry.errors import UserError
@@ -66,7 +67,7 @@ class LTXVideoVAE(nn.Module):
         if model is None:
             model = _build(given)
         else:
-            _check_agreement(given, model.config)
+            check_folder_agrees("ltx_video_vae", given, model.config, in_weights=_STATISTICS)
         self.model = model
         self.do_sample = do_sample
         self.decode_timestep = decode_timestep
@@ -133,13 +134,7 @@ class LTXVideoVAE(nn.Module):
         """
         self.latent_shape(*video.shape[2:])
         posterior = self.model.encode(video.to(self.dtype)).latent_dist
-        if not self.do_sample:
-            latents = posterior.mode()
-        elif generator is None or isinstance(generator, torch.Generator):
-            latents = posterior.sample(generator=generator)
-        else:
-            latents = posterior.sample(generator=list(generator))
-        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
+        latents = posterior_latents(posterior, do_sample=self.do_sample, generator=generator)
         return (latents - self._mean.to(latents)) * self._scale / self._std.to(latents)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -195,24 +190,6 @@ def _build(given: Mapping[str, Any]) -> AutoencoderKLLTXVideo:
                 )
             buffer.copy_(torch.tensor(values, dtype=buffer.dtype))
     return model
-
-
-def _check_agreement(given: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    wrong = [f"{name} (the folder's weights hold them)" for name in _STATISTICS if name in given]
-    wrong += [
-        f"{name} {value} (the folder has {config.get(name)})"
-        for name, value in given.items()
-        if name not in _STATISTICS and _comparable(config.get(name)) != _comparable(value)
-    ]
-    if wrong:
-        raise UserError(
-            f"ltx_video_vae: the ae section contradicts its pretrained folder: {', '.join(wrong)}; "
-            "remove these keys"
-        )
-
-
-def _comparable(value: Any) -> Any:
-    return list(value) if isinstance(value, list | tuple) else value
 
 
 def _numbers(buffer: torch.Tensor, initial: float) -> torch.Tensor:

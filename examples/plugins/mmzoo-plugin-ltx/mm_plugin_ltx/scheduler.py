@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from mm_core.models.protocols import Denoiser, Generators, Guidance, Progress
-from mm_core.models.sampling import classifier_free_guidance
+from mm_core.models.flow import RectifiedFlow
 from mm_registry.errors import UserError
 
 
-class LTXFlowMatchScheduler:
+class LTXFlowMatchScheduler(RectifiedFlow):
     """Rectified flow (Liu et al., 2022) with a shift that depends on the number of tokens.
 
     `x_t = (1 - sigma) x_0 + sigma noise` and the model predicts `noise - x_0`; timesteps are `sigma *
@@ -81,117 +78,18 @@ class LTXFlowMatchScheduler:
             sigmas = 1 - cleared * ((1 - self.shift_terminal) / cleared[-1])
         return sigmas
 
-    def q_sample(
-        self,
-        latents: torch.Tensor,
-        noise: torch.Tensor | None = None,
-        t: torch.Tensor | None = None,
-        generator: Generators | None = None,
-        **conditions: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noise latents `[B, C, T, H, W]`, each sample to a timestep of its own.
-
-        Args:
-            latents: clean latents, normalised.
-            noise: as latents; drawn if None.
-            t: timestep values `[B]` in `[0, num_train_timesteps]`; drawn if None.
-            generator: one for all, or one a sample. Timesteps are drawn first, then noise.
-            conditions: ignored here.
-
-        Returns:
-            noised latents and noise, as latents but at least fp32, and timesteps `[B]` fp32.
-        """
-        B = latents.shape[0]
-        clean = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        generators = _per_sample(generator, B)
-        if t is None:
-            z = torch.cat([torch.randn(1, generator=g, dtype=torch.float64) for g in generators])  # [B]
-            mu = self.mu(math.prod(latents.shape[2:]))
-            t = torch.sigmoid(mu + self.timestep_std * z) * self.num_train_timesteps
-        elif t.shape != (B,):
-            raise ValueError(f"t has shape {tuple(t.shape)}, but {B} samples need [{B}]")
-        if noise is None:
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
-        t = t.to(torch.float32).to(latents.device)
-        noise = noise.to(clean)
-        sigma = (t.to(clean.dtype) / self.num_train_timesteps).view(-1, *[1] * (latents.ndim - 1))
-        return (1 - sigma) * clean + sigma * noise, noise, t
-
-    def training_losses(
-        self,
-        model_output: torch.Tensor,
-        x_start: torch.Tensor,
-        x_t: torch.Tensor,
-        noise: torch.Tensor,
-        t: torch.Tensor,
-        **conditions: Any,
+    def draw_timesteps(
+        self, latents: torch.Tensor, generators: Sequence[torch.Generator | None]
     ) -> torch.Tensor:
-        """Mean squared error of the velocity, `[B]`, in fp32 (float64 for float64 outputs).
+        """Draw from the shifted logit-normal distribution of this size."""
+        z = torch.cat([torch.randn(1, generator=g, dtype=torch.float64) for g in generators])  # [B]
+        mu = self.mu(math.prod(latents.shape[2:]))
+        return torch.sigmoid(mu + self.timestep_std * z) * self.num_train_timesteps
 
-        Args:
-            model_output: predicted velocity `[B, C, T, H, W]`.
-            x_start, noise: what `q_sample` was given and returned; x_t and t are not needed.
-        """
-        dtype = torch.promote_types(model_output.dtype, torch.float32)
-        target = noise.to(dtype) - x_start.to(dtype)
-        return (model_output.to(dtype) - target).square().flatten(1).mean(1)
-
-    def sample(
-        self,
-        model: Denoiser,
-        latents: torch.Tensor,
-        model_kwargs: Mapping[str, Any],
-        *,
-        uncond_kwargs: Mapping[str, Any] | None = None,
-        guidance: Guidance | None = None,
-        steps: int | None = None,
-        generator: Generators | None = None,
-        progress: Progress | None = None,
-    ) -> torch.Tensor:
-        """Integrate the flow from noise to video with Euler steps.
-
-        Args:
-            model: `model(latents, timestep [B], **kwargs) -> velocity`.
-            latents: noise `[B, C, T, H, W]`; its T * H * W tokens decide the shift.
-            model_kwargs, uncond_kwargs: conditions, and those of the unconditional prediction.
-            guidance: classifier-free guidance scale, or a function of the timestep; None or at most 1 is
-                without guidance.
-            steps: number of steps; None takes `num_inference_timesteps`.
-            generator: not used, the flow is deterministic.
-            progress: called with (steps done, steps).
-
-        Returns:
-            latents as given, at least fp32.
-
-        Raises:
-            UserError: no number of steps is given.
-        """
-        steps = steps or self.num_inference_timesteps
-        if not steps:
-            raise UserError(
-                "diffusion: generation needs num_inference_timesteps (the number of denoising steps), "
-                "for example 50"
-            )
-        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        sigmas = [*self.sampling_sigmas(steps, math.prod(latents.shape[2:])).tolist(), 0.0]
-        for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
-            t = sigma * self.num_train_timesteps
-            timestep = torch.full((latents.shape[0],), t, dtype=torch.float32, device=latents.device)
-            scale = guidance(t) if callable(guidance) else guidance
-            velocity = classifier_free_guidance(model, latents, timestep, model_kwargs, uncond_kwargs, scale)
-            latents = latents + (following - sigma) * velocity
-            if progress is not None:
-                progress(step + 1, steps)
-        return latents
+    def inference_sigmas(self, steps: int, latents: torch.Tensor) -> torch.Tensor:
+        """`sampling_sigmas` of a video of this size: T * H * W tokens."""
+        return self.sampling_sigmas(steps, math.prod(latents.shape[2:]))
 
 
 def _unshifted(steps: int) -> torch.Tensor:
     return torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64, device="cpu")
-
-
-def _per_sample(generator: Generators | None, count: int) -> Sequence[torch.Generator | None]:
-    if generator is None or isinstance(generator, torch.Generator):
-        return [generator] * count
-    if len(generator) != count:
-        raise ValueError(f"{len(generator)} generators for {count} samples")
-    return generator
