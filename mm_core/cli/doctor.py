@@ -13,7 +13,7 @@ from typing import Any
 
 from mm_core.cli.diagnosis import Problem, diagnose, problem, requirements_of_core
 from mm_core.cli.options import no_words, output_format
-from mm_core.cli.tables import json_text, table
+from mm_core.cli.tables import json_text, printable, table
 from mm_registry import PluginManager, default_manager
 from mm_registry.errors import SelectionError
 from mm_registry.selection import VARIABLE, SelectionLayer, environment_file, find_project_file
@@ -49,7 +49,7 @@ def run(argv: list[str]) -> int:
         "selection": selection,
         "problems": [found.to_dict() for found in problems],
     }
-    sys.stdout.write(json_text(page) if form == "json" else _text(page))
+    sys.stdout.write(json_text(page) if form == "json" else printable(_text(page)))
     return 2 if failed else 0
 
 

@@ -59,6 +59,10 @@ EXPLANATIONS: dict[str, Explanation] = {
     # found in what is declared
     "misnamed-entry": Explanation("Nobody can ask for an entry of this name or group.", _AUTHORS),
     "declared-twice": Explanation("The id means two things at once, so it cannot be used.", _AUTHORS),
+    "reserved-name": Explanation(
+        "The name would pass for what a program registers itself, and past every allow list; nothing of it counts.",
+        "Give the distribution another name, or remove it",
+    ),
     "malformed-target": Explanation(
         "An entry names what to import as package.module:object; this one cannot be imported.", _AUTHORS
     ),

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from mm_core.cli.ids import groups_named
 from mm_core.cli.options import no_words, output_format, take_option
-from mm_core.cli.tables import json_text, table
+from mm_core.cli.tables import json_text, printable, table
 from mm_registry import GROUPS, EntrySpec, Status, default_manager
 
 _HELP = """\
@@ -36,10 +36,10 @@ def run(argv: list[str]) -> int:
         (entry for entry in report.entries if entry.group in groups),
         key=lambda entry: (order.index(entry.group), entry.id, entry.distribution),
     )
-    shown = json_text([_object(entry) for entry in entries]) if form == "json" else _table(entries)
+    shown = json_text([_object(entry) for entry in entries]) if form == "json" else printable(_table(entries))
     sys.stdout.write(shown)
     for diagnostic in report.diagnostics:
-        sys.stderr.write(f"{diagnostic}\n")
+        sys.stderr.write(printable(f"{diagnostic}\n"))
     return 0
 
 

@@ -138,11 +138,16 @@ def _discard(output: TextIO) -> None:
 def _report(error: UserError) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error (rank {rank})"
-    sys.stderr.write(f"{prefix}: {error}\n")
+    from mm_core.cli.tables import printable
+
+    sys.stderr.write(printable(f"{prefix}: {error}\n"))
 
 
 def run() -> None:
     """Entry point of the console script."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started without it (`>&-`): what is written goes nowhere
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mm_core.cli.options import only_word, output_format, take_option
-from mm_core.cli.tables import json_text, table
+from mm_core.cli.tables import json_text, printable, table
 from mm_registry.errors import UserError
 
 _HELP = """\
@@ -50,6 +50,8 @@ def run(argv: list[str]) -> int:
         [word for word in rest if word != "--import"], "mm plugin check", "a distribution"
     )
     only = None if written is None else [name.strip() for name in written.split(",") if name.strip()]
+    if only == []:
+        raise UserError("mm plugin check: --only names no check; docs/conformance.md lists them")
     from mm_core.testing.run import check_plugin
 
     if not imports:
@@ -57,7 +59,7 @@ def run(argv: list[str]) -> int:
     report = check_plugin(
         distribution, only=only, stages=None if imports else ["metadata"], with_imports=imports
     ).to_dict()
-    sys.stdout.write(json_text(report) if form == "json" else _text(report, imports))
+    sys.stdout.write(json_text(report) if form == "json" else printable(_text(report, imports)))
     return 0 if report["ok"] else UserError.exit_code
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mm_core.cli.ids import groups_named, unknown_everywhere
 from mm_core.cli.options import only_word, output_format, take_option
-from mm_core.cli.tables import json_text, named_values
+from mm_core.cli.tables import json_text, named_values, printable
 from mm_registry import GROUPS, default_manager
 
 _HELP = """\
@@ -36,7 +36,7 @@ def run(argv: list[str]) -> int:
         told = [manager.explain(groups[0].name, id).to_dict()]
     elif not told:
         told = [_nowhere(id, str(unknown_everywhere(manager, id, groups)))]
-    sys.stdout.write(json_text(told) if form == "json" else "\n".join(map(_text, told)))
+    sys.stdout.write(json_text(told) if form == "json" else printable("\n".join(map(_text, told))))
     return 0
 
 

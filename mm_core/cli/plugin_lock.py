@@ -5,6 +5,7 @@ Neither imports a plugin, nor torch.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def _warn_of_unreadable(manager: PluginManager) -> None:
 
 def _older(path: Path) -> tuple[Lock | None, LockError | None]:
     """The lock that is to be replaced, or why it cannot be read."""
-    if not path.exists():
+    if not os.path.exists(path):
         return None, None
     try:
         return read_lock(path), None

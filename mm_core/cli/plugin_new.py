@@ -6,6 +6,7 @@ import json
 import keyword
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -84,7 +85,8 @@ def run(argv: list[str]) -> int:
     plugin = NewPlugin(_role(role or "predictor"), _id(only_word(rest, _COMMAND, "the plugin's NAME")))
     _refuse_taken(plugin)
     folder, written = write_plugin(plugin, Path(path or ".").expanduser())
-    commands = [f"pip install -e {folder}", f"mm check {folder}/model.json", f"pytest {folder}/tests"]
+    place = shlex.quote(str(folder))
+    commands = [f"pip install -e {place}", f"mm check {place}/model.json", f"pytest {place}/tests"]
     if form == "json":
         data = {
             "distribution": plugin.distribution,
@@ -177,7 +179,8 @@ def _id(name: str) -> str:
         )
         near = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:_MAX_LENGTH].strip("_")
         mend = f'Write "{near}"' if _NAME.fullmatch(near) and near not in _RESERVED else ""
-        raise _mistake("wrong-value", f'"{name}" cannot be a NAME: {allowed}', mend)
+        shown = name if len(name) <= _MAX_LENGTH else f"{name[:_MAX_LENGTH]}…"
+        raise _mistake("wrong-value", f'"{shown}" cannot be a NAME: {allowed}', mend)
     if name in _RESERVED:
         mend = f'Write "{name}_dit", or what the model is called'
         raise _mistake("wrong-value", f'"{name}" is a name of Python\'s own', mend)

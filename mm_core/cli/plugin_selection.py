@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mm_core.cli.options import only_word, output_format, take_option
-from mm_core.cli.selection_file import SelectionFile
+from mm_core.cli.selection_file import SelectionFile, locked
 from mm_core.cli.tables import json_text
 from mm_registry import PluginManager, UserError
 from mm_registry.selection import (
@@ -98,6 +98,18 @@ def change(command: str, name: str, scope: str) -> Outcome:
     place = (
         environment_file() if scope == "environment" else find_project_file() or os.path.abspath(PROJECT_FILE)
     )
+    with locked(Path(place)):
+        file, created = _edited(command, name, scope, place)
+    takes_part, detail = _in_force(name)
+    if takes_part == (command == "enable"):
+        detail = ""
+    return Outcome(
+        command, name, scope, place, created, bool(file.changes), tuple(file.changes), takes_part, detail
+    )
+
+
+def _edited(command: str, name: str, scope: str, place: str) -> tuple[SelectionFile, bool]:
+    """Edit the file, and return it and whether it is new."""
     file = SelectionFile.read(Path(place))
     if name not in CORE_DISTRIBUTIONS:
         _refuse_unknown(command, name, file.layer)
@@ -111,13 +123,7 @@ def change(command: str, name: str, scope: str) -> Outcome:
         outside = [SelectionFile.read(Path(environment_file())).layer] if scope == "project" else []
         if Selection(tuple(outside)).excludes(name) is not None and not _not_allowed(outside, name):
             file.add("enable", name)
-    created = file.write()
-    takes_part, detail = _in_force(name)
-    if takes_part == (command == "enable"):
-        detail = ""
-    return Outcome(
-        command, name, scope, place, created, bool(file.changes), tuple(file.changes), takes_part, detail
-    )
+    return file, file.write()
 
 
 def _not_allowed(layers: list[SelectionLayer], name: str) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,21 @@ class SelectionFile:
         if _TABLE not in self._document:
             self._document.add(_TABLE, tomlkit.table())
         return self._document[_TABLE]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold off other commands that edit the same file, so that none takes back what another one wrote. The lock is on
+    the nearest folder that is there, and leaves nothing behind.
+    """
+    folder = next(folder for folder in path.absolute().parents if folder.is_dir())
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

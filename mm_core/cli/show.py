@@ -10,7 +10,7 @@ from typing import Any
 
 from mm_core.cli.ids import claims_named, groups_named, unknown_everywhere
 from mm_core.cli.options import only_word, output_format, take_option
-from mm_core.cli.tables import json_text, named_values
+from mm_core.cli.tables import json_text, named_values, printable
 from mm_registry import GROUPS, EntrySpec, PluginManager, RegistryError, Status, default_manager
 from mm_registry.groups import ALIASES, EXAMPLES, HOOKS
 from mm_registry.spec import canonical_name
@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
     ]  # fmt: skip
     if not shown:
         raise unknown_everywhere(manager, id, groups)
-    sys.stdout.write(json_text(shown) if form == "json" else "\n".join(map(_text, shown)))
+    sys.stdout.write(json_text(shown) if form == "json" else printable("\n".join(map(_text, shown))))
     return 0
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+# C0 without tab and line feed, delete, C1: what a terminal obeys rather than shows.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, indent: str = "") -> str:
@@ -26,6 +30,11 @@ def named_values(pairs: Iterable[tuple[str, str]], *, indent: str = "  ") -> str
     rows = list(pairs)
     width = max((len(name) for name, _ in rows), default=0)
     return "".join(f"{indent}{name:<{width}}  {value}".rstrip() + "\n" for name, value in rows)
+
+
+def printable(text: str) -> str:
+    """Return text that a terminal shows and does not obey: metadata and messages are written by strangers."""
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def json_text(value: Any) -> str:

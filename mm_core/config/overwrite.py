@@ -108,7 +108,7 @@ def _apply(document: Document, change: _Change) -> tuple[Document, list[Overwrit
 
 
 def _keys(text: str) -> list[str | int]:
-    return [int(part) if part.isdigit() else part for part in text.split(".")]
+    return [int(part) if part.isascii() and part.isdigit() else part for part in text.split(".")]
 
 
 def _overlap(a: KeyPath, b: KeyPath) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from mm_core.weights import StateDictAdapter, find_adapter, load_hf_folder
+from mm_core.weights.adapter import problems_of
 from mm_registry.errors import UserError
 
 if TYPE_CHECKING:
@@ -122,5 +123,5 @@ def _differences(
         raise UserError(f"{file} holds no object; it is not the config.json of a model")
     differences = list(check(config)) if callable(check) else []
     if adapter is not None and component is not None:
-        differences += adapter.config_problems(config, component.fields)
+        differences += problems_of(adapter, config, component.fields)
     return list(dict.fromkeys(differences))

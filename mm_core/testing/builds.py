@@ -279,7 +279,12 @@ def run(case: Case, module: nn.Module, given: Inputs) -> torch.Tensor:
         result = method(arguments["input_ids"], arguments["attention_mask"])[0]
     else:
         latents, timestep = arguments.pop("latents"), arguments.pop("timestep")
-        result = method(latents, timestep, **arguments)
+        try:
+            result = method(latents, timestep, **arguments)
+        except (RuntimeError, ValueError, IndexError) as error:
+            shown = ", ".join(f"{k} {list(v.shape)}" for k, v in given.items() if isinstance(v, torch.Tensor))
+            error.add_note(f"it was called with {shown}; sizes are those of its example")
+            raise
     if not isinstance(result, torch.Tensor):
         raise CheckFailed(f"it returns a {type(result).__name__} instead of a tensor")
     return result

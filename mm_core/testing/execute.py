@@ -61,7 +61,8 @@ def selected_checks(only: Collection[str] | None, stages: Collection[str] | None
         for name in written or ():
             if name not in known:
                 near = closest(name, known, 1)
-                mend = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(known)}"
+                listed = ", ".join(known) if what == "stage" else "listed in docs/conformance.md"
+                mend = f"did you mean {near[0]!r}?" if near else f"they are {listed}"
                 raise UserError(f"the conformance kit has no {what} {name!r}; {mend}")
     return [
         check
@@ -169,4 +170,5 @@ def _outcome(check: Check, subject: Case | Plugin) -> tuple[Outcome, str, str]:
 
 def _told(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    told = f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    return "; ".join([told, *getattr(error, "__notes__", ())])

@@ -107,6 +107,7 @@ class _Job:
     imports: dict[tuple[str, str], ImportRecord] = field(default_factory=dict)
     _checking: Mapping[str, Any] | None = None  # what the worker is at
     _importing: Mapping[str, Any] | None = None
+    _surveying: float = 0.0  # seconds that it may take for light imports, in processes of their own
     _ended: bool = False
 
     def run(self) -> None:
@@ -138,13 +139,15 @@ class _Job:
                 start_new_session=True,  # so that what it starts can be ended with it
             )
         os.close(writer)
-        hung = False
+        hung = spoilt = self._ended = False
         try:
             for event in _events(reader, process, self._patience):
                 if event is None:
                     hung = True
                     break
                 self._take(event)
+        except (ValueError, KeyError, TypeError):  # no line of the worker's: the plugin writes into its files
+            spoilt = hung = True
         finally:
             os.close(reader)
             # A worker that closed its pipe is about to end; one that did not is hung, or this process is interrupted.
@@ -154,19 +157,22 @@ class _Job:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        if self._ended:
+        if self._ended and not spoilt:
             return True
         tail = log.read_text(encoding="utf-8", errors="replace")[-4000:]
-        ended = (
-            f"it did not end within {self.plugin.time_limit:g} s"
-            if hung
-            else describe_exit(process.returncode)
-        )
-        self._crashed(ended if hung else f"the process ended {ended}", tail)
+        if spoilt:
+            ended = "it wrote into the files of the process that ran it"
+        elif hung:
+            ended = f"it did not end within {self.plugin.time_limit:g} s"
+        else:
+            ended = f"the process ended {describe_exit(process.returncode)}"
+        self._crashed(ended, tail)
         return False
 
     def _patience(self) -> float:
         """Seconds to wait for what the worker is at; it may take its time to start."""
+        if self._surveying:
+            return self._surveying
         busy = self._checking is not None or self._importing is not None
         return self.plugin.time_limit if busy else max(TIME_LIMIT, self.plugin.time_limit)
 
@@ -179,6 +185,11 @@ class _Job:
             "folder": str(folder),
             "pipe": pipe,
             "done": [list(pair) for pair in self.results],
+            "failed": [
+                [result.check, result.subject]
+                for result in self.results.values()
+                if result.status is Outcome.FAILED
+            ],
             "imports": [record.to_dict() for record in self.imports.values()],
             "with_imports": self.with_imports,
             "time_limit": self.plugin.time_limit,
@@ -192,6 +203,10 @@ class _Job:
                 result = Result.from_dict(event["result"])
                 self.results[result.subject, result.check] = result
                 self._checking = None
+            case "survey":
+                self._surveying = event["seconds"]
+            case "survey done":
+                self._surveying = 0.0
             case "import":
                 self._importing = event
             case "import done":

@@ -17,6 +17,8 @@ from typing import Any
 # Set by torch itself when its compiler is imported, which diffusers does.
 _TORCH_OWN_VARIABLES = frozenset({"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"})
 
+_FUNCTION = "function "
+
 Snapshot = Mapping[str, Mapping[str, Any]]
 """Kind of state -> name -> value."""
 
@@ -40,7 +42,9 @@ def differences(before: Snapshot, after: Snapshot) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for kind, now in after.items():
         old = before[kind]
-        names = sorted(name for name in {*old, *now} if old.get(name, _ABSENT) != now.get(name, _ABSENT))
+        # Torch's switches are compared where torch was there before: its own values are no change.
+        looked_at = old if kind == "torch" else {*old, *now}
+        names = sorted(name for name in looked_at if old.get(name, _ABSENT) != now.get(name, _ABSENT))
         if names:
             found[kind] = [_words(kind, name, old, now) for name in names]
     return found
@@ -55,7 +59,7 @@ def _words(kind: str, name: str, old: Mapping[str, Any], now: Mapping[str, Any])
     if kind == "environment":
         what = "removed" if name not in now else "changed" if name in old else "added"
         return f"{name} ({what})"
-    if name not in old or name.endswith("state"):
+    if name not in old or name.endswith("state") or name.startswith(_FUNCTION):
         return name
     return f"{name}: {old[name]} → {now.get(name)}"
 
@@ -75,8 +79,32 @@ def _torch_state() -> dict[str, Any]:
         "cudnn.benchmark": torch.backends.cudnn.benchmark,
         "cudnn.deterministic": torch.backends.cudnn.deterministic,
         "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+        **_torch_functions(torch),
         "random generator's state": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
     }
+
+
+def _torch_functions(torch: Any) -> dict[str, Any]:
+    """The functions and methods that everybody computes with: torch's own (its compiler replaces some by others), or else
+    which object each is.
+    """
+    functional, home = torch.nn.functional, os.path.dirname(torch.__file__)
+    places = {"torch": torch, "torch.Tensor": torch.Tensor, "torch.nn.functional": functional}
+    places |= {
+        f"torch.nn.{cls.__name__}": cls for cls in (torch.nn.Module, torch.nn.Linear, torch.nn.LayerNorm)
+    }
+    return {
+        f"{_FUNCTION}{place}.{name}": "torch's" if _written_in(value, home) else id(value)
+        for place, owner in places.items()
+        for name, value in vars(owner).items()
+        if callable(value) and not isinstance(value, type)
+    }
+
+
+def _written_in(function: Any, folder: str) -> bool:
+    """Whether its code lies below a folder; what is not written in Python counts as if it did."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return code is None or code.co_filename.startswith(folder)
 
 
 def _distributed_state() -> dict[str, Any]:

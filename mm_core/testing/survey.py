@@ -79,6 +79,8 @@ _LIGHT_BASE = (
 )
 TIME_LIMIT = 120.0
 """Seconds that one import, or one check, may take before it counts as hanging."""
+_TO_START = 60.0
+"""Seconds that a process of a survey may take to start and to import what is common."""
 _SLOWEST = 8
 
 
@@ -145,7 +147,7 @@ Survey = Mapping[tuple[str, str], ImportRecord]
 
 def import_and_watch(spec: EntrySpec) -> ImportRecord:
     """Import one target into this process and return what that did. Never raises what the plugin raised."""
-    before, known = take_snapshot(), set(sys.modules)
+    before, known, process = take_snapshot(), set(sys.modules), os.getpid()
     output = io.StringIO()
     error = trace = ""
     start = time.perf_counter()
@@ -155,6 +157,8 @@ def import_and_watch(spec: EntrySpec) -> ImportRecord:
         except BrokenPluginError as broken:
             error = broken.spec.detail if broken.spec is not None else str(broken)
             trace = _traceback(broken.__cause__)
+    if os.getpid() != process:  # a fork of the plugin's that came back; one process tells what happened
+        os._exit(0)
     seconds = time.perf_counter() - start
     new = set(sys.modules) - known
     slowest = sorted(timer.self_seconds.items(), key=lambda item: -item[1])[:_SLOWEST]
@@ -191,6 +195,11 @@ def survey_light(plugin: Plugin) -> Survey:
     return _survey_elsewhere(plugin, light_specs(plugin), _LIGHT_BASE, "light")
 
 
+def survey_limit(plugin: Plugin, specs: Sequence[EntrySpec]) -> float:
+    """Seconds that a survey of these entries may take, should each hang and each process have to be started again."""
+    return len(specs) * (plugin.time_limit + _TO_START)
+
+
 def survey_components(plugin: Plugin) -> Survey:
     """Import each component of a plugin in one process of their own."""
     return _survey_elsewhere(plugin, plugin.components, ("torch",), "components", together=True)
@@ -209,7 +218,7 @@ def _survey_elsewhere(
         rest = rest[len(records) :]
         if rest:  # the process ended in the first of them; the others are tried in another one
             lost = rest.pop(0)
-            told[lost.group, lost.id] = ImportRecord(lost.group, lost.id, lost.target, crashed=ended)
+            told[lost.group, lost.id] = _ended(lost, ended)
     return told
 
 
@@ -235,7 +244,7 @@ def _survey_process(
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
-                timeout=TIME_LIMIT + limit * len(specs),
+                timeout=_TO_START + (limit + 1) * len(specs),
                 check=False,
             )
             ended = f"the process ended {describe_exit(done.returncode)} while it was imported"
@@ -245,8 +254,13 @@ def _survey_process(
     if not results.exists():
         tail = (folder / "log").read_text(errors="replace")[-2000:]
         raise RuntimeError(f"the survey of imports could not start\n{tail}")
-    lines = results.read_text(encoding="utf-8").splitlines()
-    return [ImportRecord.from_dict(json.loads(line)) for line in lines], ended
+    records = []
+    for line in results.read_bytes().splitlines():
+        try:
+            records.append(ImportRecord.from_dict(json.loads(line)))
+        except (ValueError, KeyError, TypeError):  # written by what was imported
+            return records, "it wrote into the files of the process that imported it"
+    return records, ended
 
 
 def absolute_path() -> list[str]:
@@ -321,19 +335,36 @@ def _in_a_fork(spec: EntrySpec, tell: Callable[[ImportRecord], None], limit: flo
     if child == 0:
         code = 1
         try:
-            signal.setitimer(signal.ITIMER_REAL, limit)  # an import that hangs ends by SIGALRM
             tell(import_and_watch(spec))
             code = 0
         finally:
             os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    code = os.waitstatus_to_exitcode(status)
-    if code != 0:
-        how = describe_exit(code)
-        crashed = f"the process ended {how} while it was imported"
-        if code == -signal.SIGALRM:
-            crashed = f"it was not imported within {limit:g} s"
-        tell(ImportRecord(spec.group, spec.id, spec.target, crashed=crashed))
+    ended = _exit_code(child, limit)
+    if ended is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        tell(_ended(spec, f"it was not imported within {limit:g} s"))
+    elif ended != 0:
+        tell(_ended(spec, f"the process ended {describe_exit(ended)} while it was imported"))
+
+
+def _exit_code(child: int, limit: float) -> int | None:
+    """How a child ended; None if it did not within so many seconds. Nothing in the child is asked to keep the time:
+    what it imports may do anything to its signals.
+    """
+    deadline = time.monotonic() + limit
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.002)
+
+
+def _ended(spec: EntrySpec, how: str) -> ImportRecord:
+    return ImportRecord(spec.group, spec.id, spec.target, crashed=how)
 
 
 def merged(surveys: Iterable[Survey]) -> list[dict[str, Any]]:

@@ -28,16 +28,23 @@ from mm_core.testing.execute import (
     with_expectation,
 )
 from mm_core.testing.result import Outcome, Result
-from mm_core.testing.survey import ImportRecord, import_and_watch, light_specs, survey_light
+from mm_core.testing.survey import ImportRecord, import_and_watch, light_specs, survey_light, survey_limit
 from mm_registry.errors import RegistryError
 from mm_registry.groups import HOOKS
 from mm_registry.manager import default_manager
 
 Tell = Callable[..., None]
+_TO_BUILD = ("target-exists", "section-is-accepted", "constructor-takes-its-section")
+PREREQUISITES = {
+    "build": _TO_BUILD,
+    "ranks": (*_TO_BUILD, "builds-a-module", "predicts-the-latents-shape", "policy-makes-a-plan"),
+}
+"""Stage -> checks without which those of the stage can only fail, all for one reason that was told already."""
 
 
 def main(job_file: str) -> None:
-    """Run the checks of a job: {distribution, only, stages, path, folder, pipe, done, imports, with_imports, time_limit}."""
+    """Run the checks of a job: {distribution, only, stages, path, folder, pipe, done, failed, imports, with_imports,
+    time_limit}."""
     job: dict[str, Any] = json.loads(Path(job_file).read_text(encoding="utf-8"))
     sys.path[:] = job["path"]
     with os.fdopen(job["pipe"], "w", encoding="utf-8") as pipe:
@@ -75,27 +82,35 @@ def _work(job: dict[str, Any], tell: Tell) -> None:
     # Everything is built on the CPU. After a backward pass that has seen a GPU, forked ranks could do none.
     os.environ.update(CUDA_VISIBLE_DEVICES="", ASCEND_RT_VISIBLE_DEVICES="", MM_DEVICE="cpu")
     for subject in subjects(plugin, folder):
+        failed: set[str] = {name for name, of in job["failed"] if of == subject.subject}
         for check in pairs(checks, subject):
             if (subject.subject, check.name) not in done:
-                _run(check, subject, tell)
+                result = _run(check, subject, failed, tell)
+                if result.status is Outcome.FAILED:
+                    failed.add(check.name)
 
 
-def _run(check: Check, subject: Case | Plugin, tell: Tell) -> None:
+def _run(check: Check, subject: Case | Plugin, failed: set[str], tell: Tell) -> Result:
     example = subject.example if isinstance(subject, Case) else None
     expected = example.known_failures.get(check.name) if example is not None else None
     tell("start", subject=subject.subject, check=check.name, expected=expected)
     ended = _crash_of(subject) if isinstance(subject, Case) and check.stage != "light" else None
-    if ended is None:
+    cause = next((name for name in PREREQUISITES.get(check.stage, ()) if name in failed), None)
+    if ended is None and cause is not None and cause != check.name:
+        result = Result(check.name, subject.subject, Outcome.SKIPPED, f"not tried, because {cause} failed")
+    elif ended is None:
         result = run_check(check, subject)
     else:
         result = with_expectation(Result(check.name, subject.subject, Outcome.CRASHED, ended), expected)
     tell("result", result=result.to_dict())
+    return result
 
 
 def _crash_of(case: Case) -> str | None:
     """Why a component cannot be built in this process: importing it, or what belongs to it, ends the process."""
     try:
-        case.plugin.must_not_crash(case.spec, case.config_spec, case.policy_spec, case.weights_spec)
+        with contextlib.suppress(RegistryError):  # one cannot be used, so it is not imported either
+            case.plugin.must_not_crash(case.spec, case.config_spec, case.policy_spec, case.weights_spec)
         case.plugin.must_not_crash(*case.plugin.specs(HOOKS))
     except CheckCrashed as crash:
         return str(crash)
@@ -106,7 +121,10 @@ def _make_examples(plugin: Plugin, tell: Tell) -> None:
     """Make the examples, telling of each, so that one that ends the process is known by name."""
     for spec in plugin.components:
         case = make_case(plugin, spec, plugin.folder, with_example=False)
-        found = case.example_spec
+        try:
+            found = case.example_spec
+        except RegistryError:  # it is there and cannot be used; `companions-can-be-used` says why
+            continue
         if found is not None and (found.group, found.id) not in plugin.crashed:
             tell("import", group=found.group, id=found.id, target=found.target)
             with contextlib.suppress(
@@ -145,7 +163,9 @@ def _prepare_surveys(plugin: Plugin, known: list[ImportRecord], tell: Tell) -> N
         specs = light_specs(plugin)
         if all((spec.group, spec.id) in told for spec in specs):
             return {(spec.group, spec.id): told[spec.group, spec.id] for spec in specs}
+        tell("survey", seconds=survey_limit(plugin, specs))
         found = dict(survey_light(plugin))
+        tell("survey done")
         for record in found.values():
             tell("imported", record=record.to_dict())
         return found

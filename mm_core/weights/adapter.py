@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mm_core.weights.errors import WeightsError
 from mm_registry import PluginManager, UserError, default_manager
+from mm_registry.words import described, shown
 
 if TYPE_CHECKING:
     from mm_core.config.component import ComponentConfig
 
 GROUP = "mm_core.weights"
+_RESERVED = "__metadata__"  # by the format of safetensors
 _METHODS = ("to_module", "to_folder", "config_to_folder", "config_problems")
 
 
@@ -65,15 +67,15 @@ def find_adapter(
     is_class = isinstance(found, type)
     if callable(found) and (is_class or not isinstance(found, StateDictAdapter)):
         try:
-            found = found(component.fields)
+            found = found(dict(component.fields))
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # what exits would end the job, and with its code
             raise WeightsError(
-                f"{label} cannot be made from the section's fields: {type(error).__name__}: {error}; "
+                f"{label} cannot be made from the section's fields: {described(error)}; "
                 "it is called with one mapping"
             ) from error
-    missing = [method for method in _METHODS if not callable(getattr(found, method, None))]
+    missing = [method for method in _METHODS if not _has(found, method)]
     if missing:
         raise WeightsError(
             f"{label} is no StateDictAdapter: {type(found).__name__} has no {', '.join(missing)}; "
@@ -81,6 +83,29 @@ def find_adapter(
         )
     adapter: StateDictAdapter = found
     return adapter
+
+
+def _has(found: object, method: str) -> bool:
+    try:
+        return callable(getattr(found, method, None))
+    except Exception:  # noqa: BLE001 - its own __getattr__
+        return False
+
+
+def problems_of(adapter: StateDictAdapter, config: Mapping[str, Any], fields: Mapping[str, Any]) -> list[str]:
+    """Return what the adapter says that a folder's config.json describes otherwise than the section.
+
+    Raises:
+        WeightsError: the adapter fails, or returns no list of texts.
+    """
+    label = f"{type(adapter).__name__}.config_problems"
+    try:
+        found = adapter.config_problems(config, dict(fields))
+    except (Exception, SystemExit) as error:
+        raise WeightsError(f"{label} failed: {described(error)}") from error
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise WeightsError(f"{label} returned {shown(found)}; it must return a list of texts")
+    return found
 
 
 def renamed(
@@ -100,10 +125,10 @@ def renamed(
     for key in keys:
         try:
             name = rename(key)
-        except Exception as error:
-            raise WeightsError(f"{label}({key!r}) failed: {type(error).__name__}: {error}") from error
-        if not isinstance(name, str) or not name:
-            raise WeightsError(f"{label}({key!r}) returned {name!r}; it must return a key")
+        except (Exception, SystemExit) as error:
+            raise WeightsError(f"{label}({key!r}) failed: {described(error)}") from error
+        if not isinstance(name, str) or not name or not name.isprintable() or name == _RESERVED:
+            raise WeightsError(f"{label}({key!r}) returned {name!r}; it must return the name of a tensor")
         if name in owner:
             raise WeightsError(
                 f"{label} gives {owner[name]!r} and {key!r} one name, {name!r}; "

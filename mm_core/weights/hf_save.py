@@ -56,14 +56,15 @@ def save_hf_folder(
     tensors = _once(state_tensors(module))
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     writes = not sharded or rank() == 0
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
+    target = Path(os.path.realpath(folder))  # a link to an empty folder stays one
+    temporary = target.parent / f"{TEMPORARY}{target.name}"
     what = f"writing {folder}"
     try:
         with ranks_agree(what, alone=not sharded):
             names = _names(tensors, adapter)
             text = None if config is None else _config_text(config)
             if writes:
-                _prepare(folder, temporary)
+                _prepare(folder, target, temporary)
         files = _plan(tensors, max_file_bytes)
         for index, keys in enumerate(files):
             # Gathering is a collective: every rank takes part, file by file and tensor by tensor, in the same order.
@@ -82,8 +83,8 @@ def save_hf_folder(
                 if text is not None:
                     write_text(temporary / "config.json", text)
                 sync_folder(temporary)
-                os.replace(temporary, folder)
-                sync_folder(folder.absolute().parent)
+                os.replace(temporary, target)
+                sync_folder(target.parent)
     finally:
         if writes:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -118,11 +119,11 @@ def _config_text(config: Mapping[str, Any]) -> str:
         raise WeightsError(f"config.json cannot be written: {error}.") from error
 
 
-def _prepare(folder: Path, temporary: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightsError(f"{folder} exists already and is not overwritten; name another folder.")
+def _prepare(folder: Path, target: Path, temporary: Path) -> None:
     try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise WeightsError(f"{folder} exists already and is not overwritten; name another folder.")
+        target.parent.mkdir(parents=True, exist_ok=True)
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir()

@@ -9,7 +9,6 @@ a `Diagnostic`, the others go on.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,11 +17,8 @@ from mm_registry.metadata_files import ENTRY_POINTS, MetadataError, decode, pars
 from mm_registry.origin import linked_source, origin_of
 from mm_registry.search import Copy, Search, say
 from mm_registry.spec import Diagnostic, canonical_name
-from mm_registry.words import shown
 
 _UTF8_MARK = b"\xef\xbb\xbf"
-_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{,198}[A-Za-z0-9])?")
-_LONGEST_VERSION = 200
 
 
 class Record(NamedTuple):
@@ -168,10 +164,6 @@ def _read(copy: Copy, search: Search) -> Record:
     name, version = fields.name, fields.version
     if not name or not version:
         raise MetadataError(f"its metadata states no {'Version' if name else 'Name'}")
-    if not _NAME.fullmatch(name):
-        raise MetadataError(f"its Name {shown(name)} is not one that a distribution can have")
-    if len(version) > _LONGEST_VERSION or not version.isprintable():
-        raise MetadataError(f"its Version {shown(version)} is none")
 
     def odd(level: str, code: str, message: str) -> None:
         search.diagnostics.append(Diagnostic(level, code, f"{name} {version}: {message}", name, folder.info))
@@ -186,7 +178,7 @@ def _read(copy: Copy, search: Search) -> Record:
         direct_url = folder.read("direct_url.json")
         text_of_url = None if direct_url is None else decode("direct_url.json", direct_url)
         editable, origin, path = origin_of(text_of_url, folder.location, is_egg=copy.is_egg)
-        if not f"{origin}{path}".isprintable():
+        if direct_url is not None and not f"{origin}{path}".isprintable():
             raise ValueError("its url has characters that cannot be printed")
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         editable, origin, path = False, "unknown", folder.location

@@ -15,6 +15,7 @@ The module must not import torch: hooks run while a configuration is checked.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -41,7 +42,7 @@ class ConfigPatch:
     """What a hook wants changed in one section.
 
     Attributes:
-        changes: dotted path relative to the section -> new value.
+        changes: dotted path relative to the section -> new value, such as a JSON file could hold.
         reason: one phrase, shown to the user beside each change.
         required: the patch holds even against a value that the user wrote.
     """
@@ -51,11 +52,17 @@ class ConfigPatch:
     required: bool = False
 
     def __post_init__(self) -> None:
-        for path in self.changes:
-            if not isinstance(path, str) or not all(path.split(".")):
+        for path, value in dict(self.changes).items():
+            if not isinstance(path, str) or not path.isprintable() or not all(path.split(".")):
                 raise ValueError(
                     f"ConfigPatch: {path!r} is not a dotted path such as 'num_layers' or 'rope.theta'"
                 )
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"ConfigPatch: the value of {path!r} is none that a JSON file could hold ({error})"
+                ) from error
         if not isinstance(self.reason, str) or not self.reason.strip():
             raise ValueError("ConfigPatch: the reason is empty; the user reads it beside each change")
         object.__setattr__(self, "changes", dict(self.changes))

@@ -22,7 +22,7 @@ from mm_registry.contents import FILES, damaged_files, digest_of
 from mm_registry.errors import RegistryError
 from mm_registry.groups import GROUPS
 from mm_registry.spec import canonical_name
-from mm_registry.words import described, shown
+from mm_registry.words import described, shown, visible
 
 if TYPE_CHECKING:
     from mm_registry.discovery import Record
@@ -147,11 +147,11 @@ def current_lock(manager: PluginManager) -> Lock:
             ) from error
         ids: dict[str, dict[str, str]] = {}
         for group, id, target in record.entries:
-            ids.setdefault(group, {})[id] = target
+            ids.setdefault(visible(group), {})[visible(id)] = visible(target)
         found[canonical_name(record.name)] = Locked(
             record.name,
             record.version,
-            record.origin,
+            visible(record.origin),
             record.editable,
             manager.selection.excludes(record.name) is None,
             contents_of,
@@ -199,18 +199,17 @@ def write_lock(path: Path, lock: Lock) -> None:
     Raises:
         LockError: it cannot be written.
     """
-    path = Path(os.path.realpath(path))  # a link stays one
-    if (
-        path.exists() and not path.is_file()
-    ):  # what replaces a device, /dev/stdout say, would harm more than help
-        raise LockError(f"{path}: the lock file cannot be written (it is no file)")
-    temporary = path.with_name(f".tmp-{path.name}")
+    target = Path(os.path.realpath(path))  # a link stays one
+    temporary = target.with_name(f".tmp-{target.name}") if target.name else target
     try:
+        # What replaces a device, /dev/stdout say, would harm more than help.
+        if target.exists() and not target.is_file():
+            raise LockError(f"{path}: the lock file cannot be written (it is no file)")
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(lock.to_text())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

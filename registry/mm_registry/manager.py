@@ -16,6 +16,7 @@ from mm_registry.runtime import Registered, RuntimeEntries
 from mm_registry.selection import USUAL, Selection, SelectionLayer, layers_of
 from mm_registry.spec import EXCLUDED, RUNTIME, Diagnostic, DiscoveryReport, EntrySpec, canonical_name
 from mm_registry.suggestions import closest, unknown_id
+from mm_registry.words import visible
 
 if TYPE_CHECKING:
     from mm_registry.discovery import Installed, Record
@@ -340,7 +341,8 @@ class PluginManager:
         for layer in self.selection.layers:
             for code, (_, name), message in self.unmatched(layer):
                 odd.append(Diagnostic("warning", code, message, name, layer.origin))
-        return tuple(sorted(odd, key=lambda d: (d.level, d.code, d.distribution, d.path, d.message)))
+        said = (diagnostic._replace(message=visible(diagnostic.message)) for diagnostic in odd)
+        return tuple(sorted(said, key=lambda d: (d.level, d.code, d.distribution, d.path, d.message)))
 
     def _claims(self) -> Claims:
         with self._lock:

@@ -32,7 +32,9 @@ _COMPARE = {
 }
 _Bounds = list[tuple[str, str]]
 _DIGITS = 18  # of one number of a plain version; Python refuses to read one of thousands
-_UNREADABLE = (ValueError, RecursionError)  # the latter for brackets in brackets in brackets
+#: What `packaging` raises for a requirement or a marker: KeyError for `"x" in extras`, RecursionError for brackets in
+#: brackets in brackets.
+_UNREADABLE = (ValueError, KeyError, RecursionError)
 
 
 def required_api(requires: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
@@ -54,7 +56,7 @@ def required_api(requires: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
         try:
             requirement = Requirement(line)
             applies = _applies(requirement)
-        except _UNREADABLE:  # InvalidRequirement, or a marker that compares what cannot be compared
+        except _UNREADABLE:
             unreadable.append(line)
             continue
         if applies:

@@ -11,10 +11,13 @@ from typing import Any
 from mm_registry.groups import PREFIX
 from mm_registry.metadata_files import ENTRY_POINTS, LIMIT, Fields, MetadataError, MetadataFolder
 from mm_registry.spec import Diagnostic, canonical_name
+from mm_registry.words import described, shown
 
 _MENTION = PREFIX.encode()
 _MENTION_IN_UTF16 = b"\0".join(b"%c" % byte for byte in _MENTION)  # but for the first or last zero
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{,198}[A-Za-z0-9])?")
+_LONGEST_VERSION = 200
 _VERSION_IN_STEM = re.compile(r"-v?\d")
 
 
@@ -46,9 +49,18 @@ class Copy:
         return self.base.lower().endswith("egg-info")
 
     def fields(self) -> Fields:
-        """Name, version and requirements; raises as `MetadataFolder.fields`."""
+        """Name, version and requirements; raises as `MetadataFolder.fields`, and for a name or a version that none
+        can have.
+        """
         if self._fields is None:
-            self._fields = self.folder.fields()
+            fields = self.folder.fields()
+            if fields.name and not _NAME.fullmatch(fields.name):
+                raise MetadataError(f"its Name {shown(fields.name)} is not one that a distribution can have")
+            if len(fields.version) > _LONGEST_VERSION or not fields.version.isprintable():
+                raise MetadataError(
+                    f"its Version {shown(fields.version)} is not one that a distribution can have"
+                )
+            self._fields = fields
         return self._fields
 
 
@@ -181,10 +193,7 @@ class Search:
 
 def say(error: Exception) -> str:
     """An exception in one line."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MetadataError):
-        return text
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+    return str(error) if isinstance(error, MetadataError) else described(error, 200)
 
 
 def _declared_name(copy: Copy) -> str:

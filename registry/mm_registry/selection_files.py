@@ -38,7 +38,10 @@ def read_layer(path: str | os.PathLike[str]) -> SelectionLayer:
         with open(path, "rb") as file:
             raw = file.read(_LIMIT + 1)
     except OSError as error:
-        raise SelectionError(f"the file cannot be read: {error.strerror or error}", origin) from error
+        why = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError) and os.path.islink(path):
+            why = f"it is a link to {os.readlink(path)}, which does not exist; mend or remove the link"
+        raise SelectionError(f"the file cannot be read: {why}", origin) from error
     if len(raw) > _LIMIT:
         raise SelectionError(
             f"the file is larger than {_LIMIT >> 20} MiB, so it cannot be what is meant", origin

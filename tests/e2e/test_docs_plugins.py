@@ -92,16 +92,18 @@ def minidit_model(folder: Path, **more: Any) -> Path:
     return path
 
 
-def test_callback_and_hook_of_the_contract_page_take_part(written: Followed) -> None:
-    """The two plugins in one job, with the contract page's callback as a third."""
+def test_callback_task_and_hook_of_the_contract_page_take_part(written: Followed) -> None:
+    """The two plugins in one job, with the contract page's callback and task as a third."""
     plugin = written.folder / "mmzoo-plugin-smallest"
     plugin.mkdir()
-    (plugin / "smallest_loss.py").write_text(titled(CONTRACT, "smallest_loss.py"))
+    for module in ("smallest_loss.py", "huber.py"):
+        (plugin / module).write_text(titled(CONTRACT, module))
     (plugin / "pyproject.toml").write_text(
         '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
         '[project]\nname = "mmzoo-plugin-smallest"\nversion = "1"\n'
         '[project.entry-points."mm_core.callbacks"]\nsmallest_loss = "smallest_loss:SmallestLoss"\n'
-        '[tool.setuptools]\npy-modules = ["smallest_loss"]\n'
+        '[project.entry-points."mm_core.tasks"]\nhuber = "huber:HuberTask"\n'
+        '[tool.setuptools]\npy-modules = ["huber", "smallest_loss"]\n'
     )
     written.run("pip install -e mmzoo-plugin-smallest")
     model = minidit_model(written.folder, callbacks=["smalest_loss"])
@@ -109,13 +111,16 @@ def test_callback_and_hook_of_the_contract_page_take_part(written: Followed) -> 
     assert (
         "no installed distribution offers the callback 'smalest_loss'. Did you mean 'smallest_loss'" in wrong
     )
-    model = minidit_model(written.folder, callbacks=["smallest_loss"])
+    model = minidit_model(written.folder, callbacks=["smallest_loss"], task_id="huber")
     data = TINY / "data.json"
     written.run(
         f"mm train --mm-model {model} --mm-data {data} --num-workers 0 --lr 1e-3 --train-iters 2 --save runs/both"
     )
     run = written.folder / "runs/both"
     assert re.search(r"smallest loss \d+\.\d{4} at step [12]", (run / "logs/rank-00000.log").read_text())
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)  # Huber's loss is below the absolute error, and below half the mean square
+        assert 0 < record["loss"] < record["absolute_error"]
     (overwrite,) = json.loads((run / "config.json").read_text())["overwrites"]
     assert (overwrite["path"], overwrite["new"]) == ("predictor.ffn_dim", 128)
 

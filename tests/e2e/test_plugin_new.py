@@ -226,3 +226,15 @@ def test_it_imports_neither_torch_nor_pydantic(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, timeout=60, check=False
     )
     assert done.returncode == 0
+
+
+def test_commands_can_be_pasted_from_a_folder_with_a_space(tmp_path: Path) -> None:
+    (tmp_path / "my plugins").mkdir()
+    result = run_mm("plugin", "new", "spaced", "--path", "my plugins", cwd=tmp_path)
+    assert "pip install -e 'my plugins/mmzoo-plugin-spaced'\n" in result.out
+
+
+def test_a_name_without_end_is_told_in_short(tmp_path: Path) -> None:
+    result = run_mm("plugin", "new", "x" * 5000, cwd=tmp_path)
+    assert result.code == 2
+    assert len(result.err) < 400

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,13 @@ def test_a_file_that_cannot_be_written_is_said(site: Site) -> None:
     (site.project / "mmzoo.toml").unlink()
     assert result.code == 2
     assert result.err.startswith(f"error: {site.project / 'mmzoo.toml'} cannot be written: ")
+
+
+def test_commands_at_the_same_time_lose_nothing(site: Site) -> None:
+    names = ["mmzoo-plugin-acme", "mmzoo-plugin-bare", "mmzoo-plugin-rival"]
+    for _ in range(4):
+        with ThreadPoolExecutor(len(names)) as pool:
+            list(pool.map(lambda name: site.json("plugin", "disable", name, "--scope", "project"), names))
+        file = site.project / "mmzoo.toml"
+        assert sorted(tomllib.loads(file.read_text(encoding="utf-8"))["plugins"]["disable"]) == names
+        file.unlink()

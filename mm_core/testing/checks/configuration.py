@@ -51,7 +51,10 @@ def config_refuses_wrong_types(case: Case) -> None:
             if any(f.level == "error" and (f.path.endswith(key) or f'"{key}"' in f.text) for f in findings):
                 tried += 1
             elif places is not None:
-                raise CheckFailed(f"{key}: {wrong!r} is accepted where {value!r} stands; it must be refused")
+                raise CheckFailed(
+                    f"{key}: {wrong!r} is accepted where {value!r} stands; "
+                    "derive the config class from mm_core.config.section.SectionModel, which is strict"
+                )
     if not tried:
         raise CheckSkipped(
             "it has no field of a plain type" if places is not None else "its arguments tell no types"

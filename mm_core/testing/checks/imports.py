@@ -64,7 +64,9 @@ def import_starts_no_process_group(case: Case) -> None:
 
 @check("importing it leaves torch's global settings alone", stage="light")
 def import_keeps_torch_state(case: Case) -> None:
-    """Default dtype and device, deterministic algorithms, threads, grad mode, matmul precision, the random generator."""
+    """Default dtype and device, deterministic algorithms, threads, grad mode, matmul precision, the random generator; and no
+    function of torch is replaced by another one.
+    """
     _unchanged(case, "torch", "changes torch's")
 
 

@@ -65,6 +65,31 @@ def first_values_are_complete(case: Case) -> None:
             raise CheckFailed(f"{name} has values that are not finite")
 
 
+@check("its state is in parameters, buffers and submodules, not in plain attributes",
+       stage="build", roles=PREDICTOR)  # fmt: skip
+def state_is_registered(case: Case) -> None:
+    """What is not registered is neither sharded nor filled nor stored, and stays on the meta device."""
+    module = builds.trainable(case)
+    registered = {id(part) for part in module.modules()}
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            held = value.values() if isinstance(value, dict) else value
+            where = f"{path}.{name}".lstrip(".")
+            for item in held if isinstance(held, list | tuple | type({}.values())) else [held]:
+                if isinstance(item, torch.nn.Module) and id(item) not in registered:
+                    raise CheckFailed(
+                        f"{where} holds a {type(item).__name__} in a {type(value).__name__}, where torch does not see it; "
+                        "use nn.ModuleList or nn.ModuleDict"
+                    )
+                if isinstance(item, torch.Tensor) and item.is_meta:
+                    raise CheckFailed(
+                        f"{where} is a plain tensor and stays on the meta device; make it an nn.Parameter, or a buffer "
+                        "that reset_buffers(device) computes"
+                    )
+
+
 @check("first values depend on the seed alone, and take nothing from the global generator",
        stage="build", roles=PREDICTOR)  # fmt: skip
 def first_values_are_keyed(case: Case) -> None:

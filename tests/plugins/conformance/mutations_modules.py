@@ -125,6 +125,9 @@ INITIAL_WEIGHTS = (
     dit("meta-and-cpu-have-the-same-tensors", "absent",
          (_BUFFER, "if not self.head.weight.is_meta:\n            " + _BUFFER)),
     dit("first-values-are-complete", "init_module", ("nn.init.zeros_(module.gate)", "pass")),
+    dit("state-is-registered", "scale is a plain tensor", (_BUILT, _BUILT + "        self.scale = torch.ones(width)\n")),
+    dit("state-is-registered", "layers holds a ToyBlock in a list",
+         (_BUILT, _BUILT + "        self.layers = [ToyBlock(width)]\n")),
     dit("first-values-are-keyed", "other first values",
          ("nn.init.zeros_(module.gate)",
           "import os\n        torch.default_generator.manual_seed(int.from_bytes(os.urandom(4), 'little'))\n        "

@@ -60,3 +60,42 @@ def test_list_imports_nothing_slow() -> None:
     }
     assert not slow & modules
     assert not [name for name in modules if name.startswith("mm_plugin")]
+
+
+def test_without_standard_output_nothing_fails() -> None:
+    command = f'exec "{sys.executable}" -m mm_core list >&-'
+    run = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (run.returncode, "Traceback" in run.stderr) == (0, False)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["doctor"], ["show", "evil"], ["plugin", "explain", "evil"], ["show", "none"]]
+)
+def test_a_terminal_does_not_obey_metadata(tmp_path: Path, arguments: list[str]) -> None:
+    info = tmp_path / "evil-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ev\x1b[31mil\nVersion: 1.0\x1b]0;you\x07\n")
+    (info / "entry_points.txt").write_text("[mm_core.ae_models]\nevil = a.b:C\nother = a:\x1b[2JC\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "mm_core", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    said = run.stdout + run.stderr
+    assert "\\x1b[" in said
+    assert not [sign for sign in said if sign != "\n" and ord(sign) < 32]
+
+
+@pytest.mark.parametrize("only", ["", ",", "no-such-check-at-all-anywhere"])
+def test_checks_that_are_none_are_refused_in_short(only: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "mm_core", "plugin", "check", "mmzoo-plugin-wan22", f"--only={only}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "docs/conformance.md" in run.stderr
+    assert len(run.stderr) < 300

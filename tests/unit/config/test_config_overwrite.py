@@ -137,3 +137,10 @@ def test_a_finding_on_a_patched_value_names_the_hook(files: Any, plugin: Any) ->
     text = str(caught.value)
     assert '"shift" is -1.0: must be greater than 0.0 (written by the hook (shifty 1.2))' in text
     assert "the distribution 'shfty' is not installed; did you mean 'shifty'?" in text
+
+
+def test_a_digit_that_is_no_index_is_a_key() -> None:
+    """`"²".isdigit()` holds, and `int("²")` raises."""
+    from mm_core.config.overwrite import _keys
+
+    assert _keys("a.2.²") == ["a", 2, "²"]

@@ -228,7 +228,7 @@ class Failing(Renaming):
     ("adapter", "said"),
     [
         (Merging(), "Merging.to_module gives 'embed.weight' and 'head.weight' one name, 'head.weight'"),
-        (Nameless(), "Nameless.to_module('embed.weight') returned None; it must return a key"),
+        (Nameless(), "Nameless.to_module('embed.weight') returned None; it must return the name of a tensor"),
         (Failing(), "Failing.to_module('embed.weight') failed: KeyError: 'embed.weight'"),
     ],
 )
