@@ -36,11 +36,14 @@ $(VENV)/.dev: $(VENV)/.setup requirements-dev.txt
 demo: $(VENV)/.setup
 	$(BIN)/python examples/tiny/wan22-t2v/demo.py
 
+# Most of the time goes into starting processes, so tests run side by side, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-full: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

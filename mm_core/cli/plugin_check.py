@@ -82,6 +82,8 @@ def _text(report: Mapping[str, Any], imported: bool) -> str:
         parts += [_failed_import(record) for record in report["imports"] if record["traceback"]]
     outcome = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in report["counts"].items())
     verdict = "conforms" if report["ok"] else "does not conform"
+    if report["ok"] and report["untried"]:
+        verdict = f"conforms as far as it was tried ({', '.join(report['untried'])} could not be built)"
     seconds = f"{report['seconds']:.1f} s"
     parts.append(f"\nit {verdict}: {outcome or 'no check applies'} ({seconds})\n")
     if not imported:

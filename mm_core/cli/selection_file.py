@@ -39,7 +39,7 @@ class SelectionFile:
         Raises:
             SelectionError: it cannot be read, is no TOML, or says something that it may not.
         """
-        if not path.exists():
+        if not os.path.lexists(path):  # a link that leads nowhere is an error, here as in any other command
             return cls(path, "", SelectionLayer(str(path)))
         layer = read_layer(path)
         return cls(path, path.read_bytes().decode("utf-8"), layer)  # bytes: line ends stay what they are

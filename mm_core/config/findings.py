@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mm_core.config.origin import KeyPath, Origin, dotted
 from mm_registry import suggestions
 from mm_registry.errors import UserError
+from mm_registry.words import visible
 
 Level = Literal["error", "warning", "note"]
 _SHOWN_CHARACTERS = 100
@@ -77,7 +78,7 @@ class Finding:
 
     def __str__(self) -> str:
         where = f"{self.where} " if self.where else ""
-        return f"{where}{self.level}: {self.text}"
+        return visible(f"{where}{self.level}: {self.text}")  # a value in it may hold escape codes
 
 
 class ConfigError(UserError):

@@ -81,6 +81,19 @@ class Report:
         return all(result.ok for result in self.results)
 
     @property
+    def untried(self) -> tuple[str, ...]:
+        """Components of which checks were to build something and none could: all were skipped."""
+        from mm_core.testing.check import load_checks
+
+        checks = load_checks()
+        built: dict[str, set[Outcome]] = {}
+        for result in self.results:
+            known = checks.get(result.check)
+            if known is not None and known.stage == "build":
+                built.setdefault(result.subject, set()).add(result.status)
+        return tuple(subject for subject, found in built.items() if found == {Outcome.SKIPPED})
+
+    @property
     def counts(self) -> dict[str, int]:
         """Number of results by outcome; those that do not occur are left out."""
         found = Counter(result.status for result in self.results)
@@ -93,6 +106,7 @@ class Report:
             "version": self.version,
             "ok": self.ok,
             "counts": self.counts,
+            "untried": list(self.untried),
             "results": [result.to_dict() for result in self.results],
             "imports": [dict(item) for item in self.imports],
             "seconds": round(self.seconds, 3),

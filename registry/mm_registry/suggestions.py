@@ -22,7 +22,7 @@ Claims = Mapping[str, Mapping[str, Sequence[EntrySpec]]]  # group -> id -> claim
 _MESSAGE_BYTES = 1000
 _SHOWN_IDS = 12
 _CUTOFF = 0.6  # difflib's own default for "close"
-_COMPARED = 40  # options that difflib looks at: it takes some 20 microseconds for each
+_COMPARED = 16  # options that difflib looks at: it takes some 20 microseconds for each
 
 
 def closest(name: str, options: Iterable[str], n: int = 3) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import run_mm
+from tests.e2e.conftest import ENVIRONMENT, run_mm
 from tests.e2e.plugin_site import Site, full_site
 
 
@@ -160,13 +162,38 @@ def test_a_damaged_file_is_not_touched(site: Site, text: str) -> None:
     assert file.read_text(encoding="utf-8") == text
 
 
+def test_a_link_that_leads_nowhere_is_not_followed(site: Site) -> None:
+    file = site.project / "mmzoo.toml"
+    file.symlink_to("nowhere/plugins.toml")
+    for command in ("disable", "enable"):
+        result = site.mm("plugin", command, "mmzoo-plugin-acme", "--scope", "project")
+        assert result.code == 2
+        assert "it is a link to nowhere/plugins.toml, which does not exist" in result.err
+    assert not (site.project / "nowhere").exists()
+    file.unlink()
+
+
 def test_a_file_that_cannot_be_written_is_said(site: Site) -> None:
-    (site.project / "afile").write_text("", encoding="utf-8")
-    (site.project / "mmzoo.toml").symlink_to(site.project / "afile" / "x.toml")
-    result = site.mm("plugin", "disable", "mmzoo-plugin-acme", "--scope", "project")
-    (site.project / "mmzoo.toml").unlink()
-    assert result.code == 2
-    assert result.err.startswith(f"error: {site.project / 'mmzoo.toml'} cannot be written: ")
+    file = site.project / "mmzoo.toml"
+    file.write_text("# ours\n", encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "mm_core",
+        "plugin",
+        "disable",
+        "mmzoo-plugin-acme",
+        "--scope",
+        "project",
+    ]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *command],  # no file may grow; rights do not stop root
+        cwd=site.project, env={**ENVIRONMENT, "PYTHONPATH": str(site.root)}, capture_output=True, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {file} cannot be written: ")
+    assert file.read_text(encoding="utf-8") == "# ours\n"
 
 
 def test_commands_at_the_same_time_lose_nothing(site: Site) -> None:

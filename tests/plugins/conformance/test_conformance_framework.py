@@ -166,6 +166,19 @@ def test_a_plugin_without_config_class_api_range_and_example_passes_what_applies
     assert statuses(report)["constructor-takes-its-section"] is Outcome.PASSED
 
 
+def test_a_component_that_nothing_could_build_is_named() -> None:
+    builds = [name for name, check in load_checks().items() if check.stage == "build"][:2]
+    skipped = [Result(name, "ae/big", Outcome.SKIPPED, "too large") for name in builds]
+    tried = [Result(builds[0], DIT, Outcome.PASSED), Result(builds[1], DIT, Outcome.SKIPPED, "no mask")]
+    light = Result("id-is-well-formed", "task/other", Outcome.SKIPPED)
+    report = Report("a", "1", (*skipped, *tried, light))
+    assert report.ok
+    assert report.untried == ("ae/big",)
+    assert report.to_dict()["untried"] == ["ae/big"]
+    failed = Report("a", "1", (skipped[0], Result(builds[1], "ae/big", Outcome.FAILED, "no")))
+    assert failed.untried == ()
+
+
 def test_a_result_survives_json() -> None:
     result = Result("a-check", DIT, Outcome.FAILED, "it does not", 0.25, "Traceback")
     assert Result.from_dict(json.loads(json.dumps(result.to_dict()))) == result

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mm_core.config import Document, Legacy, NoEffect, Only, SectionModel, invalid
 from mm_core.config.dtypes import DType
+from mm_core.config.findings import Finding
 from mm_core.config.json_reader import parse_json
 from mm_core.config.section import check_section
 
@@ -148,3 +149,8 @@ def test_the_markers_hold_in_plain_python_too() -> None:
     with pytest.raises(ValidationError):
         Section(rate=float("nan"))
     assert Section(size=[3, 4, 5]).size == (3, 4, 5)
+
+
+def test_a_finding_spells_escape_codes_out() -> None:
+    finding = Finding("error", "odd", 'unknown key "\x1b[31mred"', path="ae")
+    assert str(finding) == 'ae error: unknown key "\\x1b[31mred"'
