@@ -1,7 +1,8 @@
 """MM Zoo's engine: it trains and runs models that come as pip packages, and knows no model family itself.
 
 The mappings below are entry-point registries (`mm_registry.Registry`): `"wandit" in PREDICTOR_MODEL_MAPPINGS`
-reads metadata only, `PREDICTOR_MODEL_MAPPINGS["wandit"]` imports that one class. Importing `mm_core` imports
+reads metadata only, `PREDICTOR_MODEL_MAPPINGS["wandit"]` imports that one class. `get_args()` returns the
+arguments of the running job. Importing `mm_core` imports
 neither torch nor any plugin.
 """
 
@@ -11,6 +12,7 @@ TYPE_CHECKING = False  # typing's, which costs half of what `mm list` may take
 if TYPE_CHECKING:
     from typing import Any
 
+    from mm_core.config.args import get_args as get_args
     from mm_registry import Registry
 
     DIFFUSION_MODEL_MAPPINGS: Registry[Any]
@@ -44,10 +46,16 @@ _MAPPINGS = {
 __all__ = [  # built from the table above, so that the two cannot disagree
     *_MAPPINGS,
     "__version__",
+    "get_args",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "get_args":
+        from mm_core.config.args import get_args
+
+        globals()[name] = get_args
+        return get_args
     group = _MAPPINGS.get(name)
     if group is None:
         raise AttributeError(f"module 'mm_core' has no attribute {name!r}")
@@ -59,4 +67,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MAPPINGS})
+    return sorted({*globals(), *__all__})

@@ -37,7 +37,7 @@ def run(argv: list[str]) -> int:
         data = {"findings": [finding.to_dict() for finding in findings]}
         sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     else:
-        sys.stdout.write(_text(findings))
+        sys.stdout.write(findings_text(findings))
     return ConfigError.exit_code if has_errors(findings) else 0
 
 
@@ -57,7 +57,8 @@ def _findings(arguments: list[str]) -> tuple[Finding, ...]:
     return check_training_job(flags)
 
 
-def _text(findings: Iterable[Finding]) -> str:
+def findings_text(findings: Iterable[Finding]) -> str:
+    """Return one line for each finding, and a last one that counts them."""
     findings = tuple(findings)
     lines = [str(finding) for finding in findings]
     counts = [

@@ -23,6 +23,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "show": ("mm_core.cli.show", "one id: where it comes from, whether it can be used, what belongs to it"),
     "check": ("mm_core.cli.check", "read and check the files of a job (or one file); nothing is built"),
+    "explain": (
+        "mm_core.cli.explain",
+        "each value of a job: what it is, where it was written, what hooks changed",
+    ),
+    "schema": ("mm_core.cli.schema", "the JSON Schema of a file or a component, for editors"),
     "train": (
         "mm_core.cli.train",
         "train a model from model.json, data.json, tools.json, fsdp2.yaml and flags",

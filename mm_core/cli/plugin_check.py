@@ -83,7 +83,9 @@ def _text(report: Mapping[str, Any], imported: bool) -> str:
     outcome = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in report["counts"].items())
     verdict = "conforms" if report["ok"] else "does not conform"
     if report["ok"] and report["untried"]:
-        verdict = f"conforms as far as it was tried ({', '.join(report['untried'])} could not be built)"
+        verdict = (
+            f"conforms as far as it was tried ({', '.join(report['untried'])} could not be built and run)"
+        )
     seconds = f"{report['seconds']:.1f} s"
     parts.append(f"\nit {verdict}: {outcome or 'no check applies'} ({seconds})\n")
     if not imported:

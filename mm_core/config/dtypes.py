@@ -15,6 +15,8 @@ _SHORT = {
     "float64": "fp64",
     "double": "fp64",
 }
+#: Every name that is accepted for one of them.
+SPELLINGS = ("bf16", "fp16", "fp32", "fp64", *_SHORT, *(f"torch.{name}" for name in _SHORT))
 
 
 def short_dtype(name: Any) -> Any:

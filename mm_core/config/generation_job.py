@@ -81,7 +81,7 @@ class GenerationJob:
 
 
 @dataclass
-class _Draft:
+class GenerationDraft:
     document: Document
     model: InferenceConfig | None = None
     components: dict[str, ComponentConfig] = field(default_factory=dict)
@@ -103,7 +103,7 @@ def load_generation_job(
     """
     assembly = Assembly(manager or default_manager())
     document = read_kind(str(path), Kind.INFERENCE)
-    draft = _draft(_override(document, overrides or {}), assembly, to_run=True)
+    draft = draft_generation_job(_override(document, overrides or {}), assembly, to_run=True)
     findings = sort_findings(assembly.findings)
     if has_errors(findings):
         raise ConfigError(findings)
@@ -125,7 +125,7 @@ def load_generation_job(
 def check_generation_file(document: Document, *, manager: PluginManager | None = None) -> tuple[Finding, ...]:
     """Return the findings of an inference file that is looked at by itself: missing paths are notes."""
     assembly = Assembly(manager or default_manager())
-    assembly.attempt(lambda: _draft(document, assembly, to_run=False))
+    assembly.attempt(lambda: draft_generation_job(document, assembly, to_run=False))
     return sort_findings(assembly.findings)
 
 
@@ -146,7 +146,8 @@ def _override(document: Document, overrides: Mapping[str, Any]) -> Document:
     return document
 
 
-def _draft(document: Document, assembly: Assembly, *, to_run: bool) -> _Draft:
+def draft_generation_job(document: Document, assembly: Assembly, *, to_run: bool) -> GenerationDraft:
+    """Resolve, check and merge an inference file as far as it allows; findings go to `assembly`."""
     checked = check_section(InferenceConfig, document, label=document.path or "the inference file")
     assembly.findings += checked.findings
     copied = isinstance(document.data.get("low_noise_predictor"), str)
@@ -158,7 +159,7 @@ def _draft(document: Document, assembly: Assembly, *, to_run: bool) -> _Draft:
     if isinstance(pipeline, str) and pipeline:
         parts.insert(0, Part("pipeline", "pipeline", _PIPELINE, ("pipeline_class",), pipeline))
     parts = assembly.resolve_all(parts, document)
-    draft = _Draft(document, checked.section)
+    draft = GenerationDraft(document, checked.section)
     assembly.activate(parts, document)
     merged = _with_pipeline_keys(document, parts, assembly)
     if isinstance(merged.data.get("pipeline_config"), Mapping):
@@ -234,7 +235,7 @@ def _with_dtype(components: Mapping[str, ComponentConfig], dtype: str | None) ->
     }
 
 
-def _cross_checks(draft: _Draft, *, to_run: bool) -> list[Finding]:
+def _cross_checks(draft: GenerationDraft, *, to_run: bool) -> list[Finding]:
     level: Level = "error" if to_run else "note"
     document = draft.document
     load, boundary = document.data.get("load"), document.data.get("boundary_ratio")

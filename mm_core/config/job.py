@@ -97,7 +97,7 @@ class TrainingJob:
 
 
 @dataclass
-class _Draft:
+class TrainingDraft:
     """A job while it is being checked; what could not be made stays None."""
 
     flags: TrainFlags
@@ -117,8 +117,8 @@ def load_training_job(flags: TrainFlags, *, manager: PluginManager | None = None
         ConfigError: with everything that is wrong with flags and files.
     """
     assembly = Assembly(manager or default_manager())
-    draft = _draft(flags, assembly, to_run=True)
-    findings = sort_findings(assembly.findings, _file_order(flags))
+    draft = draft_training_job(flags, assembly, to_run=True)
+    findings = sort_findings(assembly.findings, file_order(flags))
     if has_errors(findings):
         raise ConfigError(findings)
     assert draft.model is not None
@@ -146,18 +146,24 @@ def check_training_job(flags: TrainFlags, *, manager: PluginManager | None = Non
     for.
     """
     assembly = Assembly(manager or default_manager())
-    assembly.attempt(lambda: _draft(flags, assembly, to_run=False))
-    return sort_findings(assembly.findings, _file_order(flags))
+    assembly.attempt(lambda: draft_training_job(flags, assembly, to_run=False))
+    return sort_findings(assembly.findings, file_order(flags))
 
 
-def _file_order(flags: TrainFlags) -> tuple[str | None, ...]:
+def file_order(flags: TrainFlags) -> tuple[str | None, ...]:
+    """Return the order in which findings are told: flags, then the files."""
     return (None, flags.mm_model, flags.mm_data, flags.mm_tool, flags.fsdp2_config_path)
 
 
-def _draft(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -> _Draft:
+def draft_training_job(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -> TrainingDraft:
+    """Read, resolve, check and merge as far as the files allow; findings go to `assembly`.
+
+    Args:
+        to_run: whether what a run needs, and a check does not, is asked for.
+    """
     assembly.findings += flags.findings
     ranks = world_size(flags)
-    draft = _Draft(flags.with_global_batch(ranks), {})
+    draft = TrainingDraft(flags.with_global_batch(ranks), {})
     if to_run:
         assembly.findings += required_flags(flags)
     # Every file is read before anything is checked: a syntax error in one must not hide those of the others.
@@ -198,7 +204,7 @@ def _draft(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -> _Draft:
 
 
 def _read(
-    draft: _Draft, assembly: Assembly, name: str, path: str | None, kind: Kind, required: str
+    draft: TrainingDraft, assembly: Assembly, name: str, path: str | None, kind: Kind, required: str
 ) -> Document | None:
     if path is None:
         if required:
@@ -213,7 +219,9 @@ def _read(
     return document
 
 
-def _check(assembly: Assembly, cls: type[M], document: Document | None, draft: _Draft, name: str) -> M | None:
+def _check(
+    assembly: Assembly, cls: type[M], document: Document | None, draft: TrainingDraft, name: str
+) -> M | None:
     if document is None:
         return None
     checked = check_section(cls, document, label=document.path or name)
@@ -239,7 +247,7 @@ def _find(assembly: Assembly, model: Document | None, data: Document | None) -> 
     return parts, data_parts
 
 
-def _cross_checks(draft: _Draft, ranks: int, *, to_run: bool) -> list[Finding]:
+def _cross_checks(draft: TrainingDraft, ranks: int, *, to_run: bool) -> list[Finding]:
     flags, model, data = draft.flags, draft.documents.get("model"), draft.documents.get("data")
     findings = list(cross.check_load(flags))
     if model is not None:
@@ -266,7 +274,7 @@ def _cross_checks(draft: _Draft, ranks: int, *, to_run: bool) -> list[Finding]:
     return findings
 
 
-def _precision(draft: _Draft, fsdp2: Fsdp2Config) -> tuple[Fsdp2Config, list[Finding]]:
+def _precision(draft: TrainingDraft, fsdp2: Fsdp2Config) -> tuple[Fsdp2Config, list[Finding]]:
     """Let `--bf16` fill param_dtype and reduce_dtype, and say that a predictor's own dtype does not
     decide.
     """

@@ -151,7 +151,9 @@ def check_part(
     section: Mapping[str, Any] = document.value(part.path)
     keys: type[SectionModel] = WeightKeys if part.role in WITH_WEIGHTS else IdKeys
     id_key = str(part.id_path[-1])
-    own = {key: value for key, value in section.items() if key in keys.model_fields or key == id_key}
+    # `model_id` is a key of ours only where it is the one that chooses.
+    core_keys = set(keys.model_fields) - {"model_id"} | {id_key}
+    own = {key: value for key, value in section.items() if key in core_keys}
     rest = {key: value for key, value in section.items() if key not in own}
     own["model_id"] = own.pop(id_key, part.id)
     core = check_section(keys, document, part.path, label=part.label, data=own)

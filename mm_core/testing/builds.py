@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,12 @@ from mm_core.models.factory import build_component
 from mm_core.random import keyed_generator
 from mm_core.sharding import ShardingPolicy
 from mm_core.testing.check import CheckFailed, CheckSkipped
+from mm_core.testing.compare import changed as changed
+from mm_core.testing.compare import distance as distance
+from mm_core.testing.compare import global_state as global_state
+from mm_core.testing.compare import global_switches as global_switches
+from mm_core.testing.compare import must_be_close as must_be_close
+from mm_core.testing.compare import must_differ as must_differ
 from mm_core.weights import find_adapter, materialize
 from mm_registry.errors import UserError
 
@@ -38,6 +44,8 @@ _TEXT_LENGTHS = ("text_len", "max_text_len", "max_sequence_length")
 _VOCABULARY = 32
 _NO_EXAMPLE = "it declares no example, and its defaults do not do"
 _EXCITEMENT = 0.05
+CALLED = "it was called with"
+"""How the note begins that `run` adds to what a predictor raises."""
 
 
 def component_class(case: Case) -> Any:
@@ -183,9 +191,21 @@ def _token_inputs(case: Case, batch: int, seed: int) -> Inputs:
     return {"input_ids": torch.stack(rows), "attention_mask": mask}
 
 
+def values(case: Case) -> Mapping[str, Any]:
+    """The section's fields; without a config class, which has the defaults, with those of the constructor."""
+    fields = section(case).fields
+    if case.config_spec is not None:
+        return fields
+    try:
+        parameters = inspect.signature(component_class(case)).parameters
+    except (TypeError, ValueError):
+        return fields
+    return {**{name: parameter.default for name, parameter in parameters.items()}, **fields}
+
+
 def vocabulary(case: Case) -> int:
     """Number of ids that are safe to use."""
-    fields = section(case).fields
+    fields = values(case)
     inner = fields.get("config")
     for source in (fields, inner if isinstance(inner, Mapping) else {}):
         size = source.get("vocab_size")
@@ -202,7 +222,7 @@ def latent_size(case: Case) -> tuple[int, int, int, int]:
     """
     if case.example is not None and case.example.latents is not None:
         return case.example.latents
-    fields = section(case).fields
+    fields = values(case)
     channels = _first(fields, _CHANNELS)
     if channels is None:
         raise CheckSkipped(
@@ -221,12 +241,12 @@ def prompt_size(case: Case) -> tuple[int, int]:
     """
     if case.example is not None and case.example.prompt is not None:
         return case.example.prompt
-    width = _first(section(case).fields, _TEXT_WIDTHS)
+    width = _first(values(case), _TEXT_WIDTHS)
     if width is None:
         raise CheckSkipped(
             f"no example says the prompt's size, and the section has none of {', '.join(_TEXT_WIDTHS)}"
         )
-    return min(8, _first(section(case).fields, _TEXT_LENGTHS) or 8), width
+    return min(8, _first(values(case), _TEXT_LENGTHS) or 8), width
 
 
 def video_size(case: Case) -> tuple[int, int, int]:
@@ -238,11 +258,26 @@ def video_size(case: Case) -> tuple[int, int, int]:
     if case.example is not None and case.example.video is not None:
         return case.example.video
     ask = getattr(section(case).config, "size_problem", None)
+    if not callable(ask):
+        ask = case.plugin.once(f"size problem {case.subject}", lambda: _refusal(build(case)))
     for frames in (5, 8, 9, 1):
         for side in (16, 32, 64):
-            if callable(ask) and ask(frames, side, side) is None:
+            if ask(frames, side, side) is None:
                 return frames, side, side
-    raise CheckSkipped("no example says a video's size, and the config class has no size_problem to ask")
+    raise CheckSkipped("no example says a video's size, and it refuses all that the kit has tried")
+
+
+def _refusal(module: Any) -> Callable[[int, int, int], str | None]:
+    """What an autoencoder without `size_problem` says of a size."""
+
+    def ask(frames: int, height: int, width: int) -> str | None:
+        try:
+            module.latent_shape(frames, height, width)
+        except UserError as error:
+            return str(error)
+        return None
+
+    return ask
 
 
 def samples(batch: int, shape: Sequence[int], seed: int, purpose: str) -> torch.Tensor:
@@ -283,7 +318,8 @@ def run(case: Case, module: nn.Module, given: Inputs) -> torch.Tensor:
             result = method(latents, timestep, **arguments)
         except (RuntimeError, ValueError, IndexError) as error:
             shown = ", ".join(f"{k} {list(v.shape)}" for k, v in given.items() if isinstance(v, torch.Tensor))
-            error.add_note(f"it was called with {shown}; sizes are those of its example")
+            whose = "its example" if case.example is not None else "its section"
+            error.add_note(f"{CALLED} {shown}; sizes are those of {whose}")
             raise
     if not isinstance(result, torch.Tensor):
         raise CheckFailed(f"it returns a {type(result).__name__} instead of a tensor")
@@ -305,66 +341,6 @@ def part(given: Inputs, rows: slice) -> Inputs:
 def copied(given: Inputs, **changes: Any) -> Inputs:
     """The same inputs in tensors of their own, some replaced."""
     return {**{name: value.clone() for name, value in given.items()}, **changes}
-
-
-# Comparing
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, relative to the largest magnitude of `b`; infinite if shapes differ or one is not
-    finite.
-    """
-    if a.shape != b.shape:
-        return float("inf")
-    if a.numel() == 0:
-        return 0.0
-    a, b = a.detach().double(), b.detach().double()
-    largest = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-12)
-    return largest if largest == largest else float("inf")
-
-
-def must_be_close(a: torch.Tensor, b: torch.Tensor, tolerance: float, what: str) -> None:
-    """Raise CheckFailed with `what` unless the relative distance is within the tolerance."""
-    found = distance(a, b)
-    if found > tolerance:
-        raise CheckFailed(f"{what} (they differ by {found:.2g} of the largest value)")
-
-
-def must_differ(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
-    """Raise CheckFailed with `what` if two results are the same."""
-    if distance(a, b) < 1e-6:
-        raise CheckFailed(what)
-
-
-def global_state() -> dict[str, Any]:
-    """What code can change behind everyone's back: the process' generators and torch's switches."""
-    import random
-
-    import numpy as np
-
-    return {
-        "torch's global generator": hash(torch.get_rng_state().numpy().tobytes()),
-        "numpy's global generator": repr(np.random.get_state(legacy=False)),
-        "Python's global generator": hash(random.getstate()),
-        **global_switches(),
-    }
-
-
-def global_switches() -> dict[str, Any]:
-    """Torch's process-wide settings."""
-    return {
-        "torch's default dtype": torch.get_default_dtype(),
-        "torch's default device": str(torch.get_default_device()),
-        "whether gradients are recorded": torch.is_grad_enabled(),
-        "torch's deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
-        "torch's number of threads": torch.get_num_threads(),
-        "torch's matmul precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """The names of what is not as before."""
-    return [name for name in before if before[name] != after[name]]
 
 
 def takes(function: Any, name: str) -> bool:

@@ -141,6 +141,10 @@ class Case:
         return f"{self.role}/{self.id}"
 
     @property
+    def distribution(self) -> str:
+        return self.spec.distribution
+
+    @property
     def label(self) -> str:
         """What messages call it: `predictor (wandit)`."""
         return f"{self.role} ({self.id})"

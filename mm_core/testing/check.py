@@ -100,13 +100,16 @@ def check(
 
 
 def load_checks() -> Mapping[str, Check]:
-    """Import every module of `mm_core.testing.checks` and return `CHECKS`, by stage."""
+    """Import every module of `mm_core.testing.checks` and return `CHECKS`, by stage, causes before what they cause."""
     package = importlib.import_module("mm_core.testing.checks")
     for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
         importlib.import_module(f"{package.__name__}.{module}")
-    ordered = sorted(_checks.values(), key=lambda item: STAGES.index(item.stage))  # stable within a stage
+    from mm_core.testing.prerequisites import in_order
+
+    staged = sorted(_checks.values(), key=lambda item: STAGES.index(item.stage))  # stable within a stage
+    ordered = in_order({item.name: item for item in staged})
     _checks.clear()
-    _checks.update({item.name: item for item in ordered})
+    _checks.update(ordered)
     return CHECKS
 
 

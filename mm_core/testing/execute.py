@@ -6,20 +6,24 @@ import contextlib
 import shutil
 import time
 import traceback
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from mm_core.testing.case import Case, Plugin
-from mm_core.testing.check import Check, CheckCrashed, CheckFailed, CheckSkipped, load_checks
+from mm_core.testing.check import CHECKS, Check, CheckCrashed, CheckFailed, CheckSkipped, load_checks
 from mm_core.testing.example import Example
+from mm_core.testing.prerequisites import cause
 from mm_core.testing.result import Outcome, Result
 from mm_registry.errors import RegistryError, UserError
 from mm_registry.groups import ROLES
+from mm_registry.loading import without_hint
 from mm_registry.manager import PluginManager
 from mm_registry.spec import EntrySpec, canonical_name
 from mm_registry.suggestions import closest
 
+STOPS = (Outcome.FAILED, Outcome.CRASHED)
+"""Outcomes after which checks that need this one are not tried. A failure that is declared does not stop them."""
 _ROLE_OF_GROUP = {group.name: role for role, group in ROLES.items()}
 
 
@@ -120,14 +124,46 @@ def pairs(checks: Sequence[Check], subject: Case | Plugin) -> list[Check]:
     return [check for check in checks if check.applies_to(subject)]
 
 
-def run_check(check: Check, subject: Case | Plugin) -> Result:
-    """Run one check and return how it ended; whatever the plugin raises is an outcome."""
+def run_check(check: Check, subject: Case | Plugin, failed: Mapping[str, Outcome] | None = None) -> Result:
+    """Run one check and return how it ended; whatever the plugin raises is an outcome.
+
+    Args:
+        failed: checks of this subject that failed or crashed -> which of the two. What can only fail for their reason
+            is skipped.
+    """
+    why = cause(check, CHECKS, failed or {})
+    if failed and why is not None:
+        return Result(check.name, subject.subject, Outcome.SKIPPED, f"not tried, because {why} {failed[why]}")
     start = time.perf_counter()
     status, message, detail = _outcome(check, subject)
+    message = without_hint(message, subject.distribution)
     seconds = time.perf_counter() - start
     example = subject.example if isinstance(subject, Case) else None
     expected = example.known_failures.get(check.name) if example is not None else None
     return with_expectation(Result(check.name, subject.subject, status, message, seconds, detail), expected)
+
+
+def run_checks(checks: Sequence[Check], plugin: Plugin, folder: Path, *, with_examples: bool) -> list[Result]:
+    """Run checks in this process, on a plugin and its components, in order."""
+    results: list[Result] = []
+    for subject in subjects(plugin, folder, with_examples=with_examples):
+        failed = stopped(results, subject)
+        for check in pairs(checks, subject):
+            result = run_check(check, subject, failed)
+            results.append(result)
+            if result.status in STOPS:
+                failed[check.name] = result.status
+    return results
+
+
+def stopped(results: Iterable[Result], subject: Case | Plugin) -> dict[str, Outcome]:
+    """Return what failed of a subject, or of the plugin that it belongs to, and how."""
+    whole = subject.plugin.subject if isinstance(subject, Case) else subject.subject
+    return {
+        result.check: result.status
+        for result in results
+        if result.status in STOPS and result.subject in (subject.subject, whole)
+    }
 
 
 def with_expectation(result: Result, expected: str | None) -> Result:

@@ -82,16 +82,22 @@ class Report:
 
     @property
     def untried(self) -> tuple[str, ...]:
-        """Components of which checks were to build something and none could: all were skipped."""
+        """Components that were not built, or not run: every check that builds was skipped, or the one that calls first."""
         from mm_core.testing.check import load_checks
+        from mm_core.testing.prerequisites import LAST_STEPS
 
         checks = load_checks()
-        built: dict[str, set[Outcome]] = {}
+        found: dict[str, dict[str, Outcome]] = {}
         for result in self.results:
             known = checks.get(result.check)
             if known is not None and known.stage == "build":
-                built.setdefault(result.subject, set()).add(result.status)
-        return tuple(subject for subject, found in built.items() if found == {Outcome.SKIPPED})
+                found.setdefault(result.subject, {})[result.check] = result.status
+        return tuple(
+            subject
+            for subject, ended in found.items()
+            if set(ended.values()) == {Outcome.SKIPPED}
+            or any(ended.get(name) is Outcome.SKIPPED for name in LAST_STEPS)
+        )
 
     @property
     def counts(self) -> dict[str, int]:

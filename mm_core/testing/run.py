@@ -18,7 +18,15 @@ from typing import Any
 
 from mm_core.testing.case import Plugin
 from mm_core.testing.check import Check
-from mm_core.testing.execute import find_plugin, pairs, run_check, selected_checks, subjects, with_expectation
+from mm_core.testing.execute import (
+    STOPS,
+    find_plugin,
+    pairs,
+    run_checks,
+    selected_checks,
+    subjects,
+    with_expectation,
+)
 from mm_core.testing.result import Outcome, Report, Result
 from mm_core.testing.survey import (
     TIME_LIMIT,
@@ -67,7 +75,7 @@ def check_plugin(
         manager = default_manager() if in_process else PluginManager()
         plugin = replace(find_plugin(distribution, manager, folder), time_limit=time_limit)
         if in_process:
-            results = [run_check(check, s) for s in subjects(plugin, folder) for check in pairs(checks, s)]
+            results = run_checks(checks, plugin, folder, with_examples=True)
             imports: list[dict[str, Any]] = []
         else:
             results, imports = _in_worker(plugin, checks, with_imports)
@@ -80,14 +88,13 @@ def _in_worker(
 ) -> tuple[list[Result], list[dict[str, Any]]]:
     here = [check for check in checks if check.stage == "metadata"]
     there = [check for check in checks if check.stage != "metadata"]
-    order = list(subjects(plugin, plugin.folder, with_examples=False))
     found = {
-        (subject.subject, check.name): run_check(check, subject)
-        for subject in order
-        for check in pairs(here, subject)
+        (result.subject, result.check): result
+        for result in run_checks(here, plugin, plugin.folder, with_examples=False)
     }
+    order = list(subjects(plugin, plugin.folder, with_examples=False))
     wanted = [(subject.subject, check.name) for subject in order for check in pairs(there, subject)]
-    job = _Job(plugin, [check.name for check in there], with_imports, wanted)
+    job = _Job(plugin, [check.name for check in there], with_imports, wanted, list(found.values()))
     if wanted or with_imports:
         job.run()
     found.update(job.results)
@@ -103,6 +110,7 @@ class _Job:
     checks: list[str]
     with_imports: bool
     wanted: list[tuple[str, str]]
+    before: list[Result]  # of checks that ran in this process
     results: dict[tuple[str, str], Result] = field(default_factory=dict)
     imports: dict[tuple[str, str], ImportRecord] = field(default_factory=dict)
     _checking: Mapping[str, Any] | None = None  # what the worker is at
@@ -186,9 +194,9 @@ class _Job:
             "pipe": pipe,
             "done": [list(pair) for pair in self.results],
             "failed": [
-                [result.check, result.subject]
-                for result in self.results.values()
-                if result.status is Outcome.FAILED
+                result.to_dict()
+                for result in (*self.before, *self.results.values())
+                if result.status in STOPS
             ],
             "imports": [record.to_dict() for record in self.imports.values()],
             "with_imports": self.with_imports,

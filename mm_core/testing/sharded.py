@@ -151,17 +151,19 @@ def on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Run a function on forked ranks, and return what each returned.
 
     Raises:
-        CheckFailed: a rank raised; the last line of its traceback is the message.
+        CheckFailed: a rank raised; the last line of its traceback is the message, and the note of `builds.run`.
         CheckSkipped: a rank raised that.
     """
     try:
         return run_ranks(function, world, *args, timeout=60)
     except RankError as error:
         text = str(error).strip()
-        name, _, why = text.splitlines()[-1].partition(": ")
+        lines = text.splitlines()
+        note = f"; {lines.pop()}" if lines[-1].startswith(builds.CALLED) else ""
+        name, _, why = lines[-1].partition(": ")
         if name.endswith(CheckSkipped.__name__):
             raise CheckSkipped(why) from None
-        raise CheckFailed(f"on {world} rank{'s' * (world > 1)}: {text.splitlines()[-1]}", text) from None
+        raise CheckFailed(f"on {world} rank{'s' * (world > 1)}: {lines[-1]}{note}", text) from None
 
 
 def excite(module: nn.Module) -> None:

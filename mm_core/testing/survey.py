@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from mm_core.testing.import_timer import timed_imports
 from mm_core.testing.snapshot import cuda_calls, differences, take_snapshot
 from mm_registry.errors import BrokenPluginError
-from mm_registry.loading import import_target
+from mm_registry.loading import import_target, without_hint
 from mm_registry.spec import EntrySpec
 
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ def import_and_watch(spec: EntrySpec) -> ImportRecord:
         try:
             import_target(spec)
         except BrokenPluginError as broken:
-            error = broken.spec.detail if broken.spec is not None else str(broken)
+            said = broken.spec.detail if broken.spec is not None else str(broken)
+            error = without_hint(said, spec.distribution)
             trace = _traceback(broken.__cause__)
     if os.getpid() != process:  # a fork of the plugin's that came back; one process tells what happened
         os._exit(0)
@@ -264,8 +265,15 @@ def _survey_process(
 
 
 def absolute_path() -> list[str]:
-    """`sys.path` for a process with another working directory."""
-    return [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
+    """`sys.path` for a process with another working directory.
+
+    What is no path stays as it is: editable installs of packages without `__init__.py` put the name of an import hook there.
+    """
+    return [
+        os.path.abspath(entry) if not entry or os.path.exists(entry) else entry
+        for entry in sys.path
+        if isinstance(entry, str)
+    ]
 
 
 def child_environment() -> dict[str, str]:

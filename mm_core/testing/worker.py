@@ -18,12 +18,14 @@ from typing import Any
 from mm_core.testing.case import Case, Plugin
 from mm_core.testing.check import Check, CheckCrashed, CheckFailed
 from mm_core.testing.execute import (
+    STOPS,
     find_plugin,
     load_example,
     make_case,
     pairs,
     run_check,
     selected_checks,
+    stopped,
     subjects,
     with_expectation,
 )
@@ -34,12 +36,6 @@ from mm_registry.groups import HOOKS
 from mm_registry.manager import default_manager
 
 Tell = Callable[..., None]
-_TO_BUILD = ("target-exists", "section-is-accepted", "constructor-takes-its-section")
-PREREQUISITES = {
-    "build": _TO_BUILD,
-    "ranks": (*_TO_BUILD, "builds-a-module", "predicts-the-latents-shape", "policy-makes-a-plan"),
-}
-"""Stage -> checks without which those of the stage can only fail, all for one reason that was told already."""
 
 
 def main(job_file: str) -> None:
@@ -81,25 +77,24 @@ def _work(job: dict[str, Any], tell: Tell) -> None:
     _make_examples(plugin, tell)
     # Everything is built on the CPU. After a backward pass that has seen a GPU, forked ranks could do none.
     os.environ.update(CUDA_VISIBLE_DEVICES="", ASCEND_RT_VISIBLE_DEVICES="", MM_DEVICE="cpu")
+    results = [Result.from_dict(item) for item in job["failed"]]
     for subject in subjects(plugin, folder):
-        failed: set[str] = {name for name, of in job["failed"] if of == subject.subject}
+        failed = stopped(results, subject)
         for check in pairs(checks, subject):
             if (subject.subject, check.name) not in done:
                 result = _run(check, subject, failed, tell)
-                if result.status is Outcome.FAILED:
-                    failed.add(check.name)
+                results.append(result)
+                if result.status in STOPS:
+                    failed[check.name] = result.status
 
 
-def _run(check: Check, subject: Case | Plugin, failed: set[str], tell: Tell) -> Result:
+def _run(check: Check, subject: Case | Plugin, failed: dict[str, Outcome], tell: Tell) -> Result:
     example = subject.example if isinstance(subject, Case) else None
     expected = example.known_failures.get(check.name) if example is not None else None
     tell("start", subject=subject.subject, check=check.name, expected=expected)
     ended = _crash_of(subject) if isinstance(subject, Case) and check.stage != "light" else None
-    cause = next((name for name in PREREQUISITES.get(check.stage, ()) if name in failed), None)
-    if ended is None and cause is not None and cause != check.name:
-        result = Result(check.name, subject.subject, Outcome.SKIPPED, f"not tried, because {cause} failed")
-    elif ended is None:
-        result = run_check(check, subject)
+    if ended is None:
+        result = run_check(check, subject, failed)
     else:
         result = with_expectation(Result(check.name, subject.subject, Outcome.CRASHED, ended), expected)
     tell("result", result=result.to_dict())

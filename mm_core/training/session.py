@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from mm_core.accelerator import Accelerator
 from mm_core.config import TrainFlags, TrainingJob, load_training_job
+from mm_core.config.args import clear_args, set_args
 from mm_core.data import build_dataset
 from mm_core.observe.console import setup_logging
 from mm_core.training.consensus import agree_on_job, agree_on_plugins, prepared_together
@@ -87,6 +88,7 @@ def _prepare(job: TrainingJob) -> Any:
     """Build on the meta device, and open the data: what can be known before weights, devices and ranks."""
     # From here on an id means what it meant to the checks.
     default_manager().freeze()
+    set_args(job)  # a component may ask for them in its constructor
     check_build(job)
     # Annotations and headers are read before weights, and before anything is written.
     return build_dataset(job.components["dataset"], job.flags.seed)
@@ -115,6 +117,7 @@ def _train_rank(job: TrainingJob, dataset: Any, children: LocalRanks | None) -> 
         dist.destroy_process_group()
         return EXIT_TERMINATED if stopped else 0
     finally:
+        clear_args()
         if run is not None:
             run.close()
 

@@ -66,7 +66,9 @@ def import_target(spec: EntrySpec) -> object:
     try:
         found: object = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        raise broken(spec, _why_import_failed(spec, module_name, error), mend=_see(spec)) from error
+        raise broken(
+            spec, _why_import_failed(spec, module_name, error), mend=_see(spec.distribution)
+        ) from error
     for attribute in attributes.split(".") if attributes else ():
         try:
             found = getattr(found, attribute)
@@ -77,12 +79,14 @@ def import_target(spec: EntrySpec) -> object:
             near = closest(attribute, _public_names(found), 1)
             mend = f"; did it mean {near[0]!r}?" if near else ""
             reason = f"its target {spec.target} is missing: {_name_of(found)} has no {attribute!r}{mend}"
-            raise broken(spec, reason, mend=_see(spec)) from error
+            raise broken(spec, reason, mend=_see(spec.distribution)) from error
         except (
             Exception,
             SystemExit,
         ) as error:  # a module's own __getattr__ imports lazily, so it fails in the same ways
-            raise broken(spec, _why_import_failed(spec, module_name, error), mend=_see(spec)) from error
+            raise broken(
+                spec, _why_import_failed(spec, module_name, error), mend=_see(spec.distribution)
+            ) from error
     return found
 
 
@@ -115,8 +119,13 @@ def _why_import_failed(spec: EntrySpec, module: str, error: BaseException) -> st
     return f"importing its target {spec.target} raised {described(error)}{_place(error)}"
 
 
-def _see(spec: EntrySpec) -> str:
-    return f"run `mm plugin check {spec.distribution} --import` for the traceback"
+def _see(distribution: str) -> str:
+    return f"run `mm plugin check {distribution} --import` for the traceback"
+
+
+def without_hint(message: str, distribution: str) -> str:
+    """Return a message without the advice to run `mm plugin check`: for those who read it in the output of just that."""
+    return message.replace(f"; {_see(distribution)}", "")
 
 
 def _place(error: BaseException) -> str:

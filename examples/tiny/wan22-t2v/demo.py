@@ -47,7 +47,8 @@ def main() -> None:
        "--mm-model", str(HERE / "model.json"), "--mm-data", str(HERE / "data.json"),
        "--mm-tool", str(HERE / "tools.json"), "--fsdp2-config-path", str(HERE / "fsdp2.yaml"),
        "--train-iters", str(options.train_iters), "--num-workers", "0", "--micro-batch-size", "2", "--global-batch-size", "2",
-       "--lr", "5e-3", "--lr-decay-style", "cosine", "--lr-warmup-iters", "20", "--clip-grad", "1.0",
+       "--lr", "5e-3", "--lr-decay-style", "cosine", "--clip-grad", "1.0",
+       "--lr-warmup-iters", str(min(20, options.train_iters // 2)),
        "--seed", str(options.seed), "--save", options.save, "--save-interval", str(options.train_iters))  # fmt: skip
 
     mm("generate", "--mm-model", str(HERE / "inference_model.json"), "--load", options.save, *generate,

@@ -176,7 +176,7 @@ RANKS = (
     dit("two-ranks-equal-one", "on 2 ranks:",
          (_END, "if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:\n            "
           "raise RuntimeError('one rank only')\n        " + _END)),
-    dit("mixed-precision-works", "on 2 ranks:", (_CAST, "latents, text = latents.float(), text.float()")),
+    dit("mixed-precision-works", "on 2 ranks: RuntimeError", (_CAST, "latents, text = latents.float(), text.float()")),
     dit("first-values-do-not-depend-on-ranks", "blocks.0.gate",
          ("nn.init.zeros_(module.gate)", "nn.init.constant_(module.gate, torch.distributed.get_world_size())")),
     dit("resume-is-bit-equal", "the losses are", *_COUNTING),

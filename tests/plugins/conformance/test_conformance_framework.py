@@ -16,6 +16,7 @@ from toy_site import DISTRIBUTION
 
 from mm_core.testing import CHECKS, Outcome, Report, Result, check_plugin, load_checks
 from mm_core.testing.catalogue import with_catalogue
+from mm_core.testing.survey import absolute_path
 from mm_registry.errors import UserError
 
 DIT = "predictor/toy_dit"
@@ -58,7 +59,7 @@ def test_an_import_that_ends_or_hangs_its_process_is_a_result(
     found = {result.check: result for result in report.results if result.subject == DIT}
     assert statuses(report) == {
         "target-exists": Outcome.CRASHED,
-        "pickles-by-id": Outcome.CRASHED,
+        "pickles-by-id": Outcome.SKIPPED,
         "builds-a-module": Outcome.CRASHED,
         "config-refuses-unknown-keys": Outcome.PASSED,
     }
@@ -74,7 +75,8 @@ def test_a_config_class_that_ends_its_process_is_contained(install: Callable[[To
     install(toy)
     report = check_plugin(DISTRIBUTION, only=["companions-exist", *FEW])
     found = statuses(report)
-    assert found["companions-exist"] is found["config-refuses-unknown-keys"] is Outcome.CRASHED
+    assert found["companions-exist"] is Outcome.CRASHED
+    assert found["config-refuses-unknown-keys"] is Outcome.SKIPPED
     assert found["builds-a-module"] is Outcome.CRASHED
     assert found["pickles-by-id"] is Outcome.PASSED
     assert "mm_plugin_toy.fatal" in next(r.message for r in report.results if r.status is Outcome.CRASHED)
@@ -166,17 +168,43 @@ def test_a_plugin_without_config_class_api_range_and_example_passes_what_applies
     assert statuses(report)["constructor-takes-its-section"] is Outcome.PASSED
 
 
-def test_a_component_that_nothing_could_build_is_named() -> None:
-    builds = [name for name, check in load_checks().items() if check.stage == "build"][:2]
+def test_a_component_that_was_not_built_or_not_run_is_named() -> None:
+    builds = ["builds-a-module", "encodes-to-its-latent-shape"]
     skipped = [Result(name, "ae/big", Outcome.SKIPPED, "too large") for name in builds]
-    tried = [Result(builds[0], DIT, Outcome.PASSED), Result(builds[1], DIT, Outcome.SKIPPED, "no mask")]
+    tried = [Result(name, DIT, Outcome.PASSED) for name in ("builds-a-module", "predicts-the-latents-shape")]
+    tried.append(Result("prompt-mask-is-respected", DIT, Outcome.SKIPPED, "no mask"))
     light = Result("id-is-well-formed", "task/other", Outcome.SKIPPED)
     report = Report("a", "1", (*skipped, *tried, light))
     assert report.ok
     assert report.untried == ("ae/big",)
     assert report.to_dict()["untried"] == ["ae/big"]
-    failed = Report("a", "1", (skipped[0], Result(builds[1], "ae/big", Outcome.FAILED, "no")))
+    assert Report("a", "1", (Result(builds[0], "ae/big", Outcome.PASSED), skipped[1])).untried == ("ae/big",)
+    failed = Report("a", "1", (Result(builds[0], "ae/big", Outcome.FAILED, "no"),))
     assert failed.untried == ()
+
+
+def test_sizes_come_from_the_constructor_where_there_is_nothing_else(
+    install: Callable[[Toy], Path],
+) -> None:
+    toy = good_toy()
+    for group in ("mm_core.configs", "mm_core.examples", "mm_core.hooks"):
+        del toy.entries[group]
+    install(toy)
+    names = ["predicts-the-latents-shape", "encodes-to-its-latent-shape", "encodes-to-embeddings-and-mask"]
+    report = check_plugin(DISTRIBUTION, only=names)
+    assert report.counts == {"passed": 3}
+    assert report.untried == ()
+
+
+def test_names_of_import_hooks_on_the_path_reach_the_worker_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Setuptools' editable installs of packages without `__init__.py` are found through such a name."""
+    (tmp_path / "src").mkdir()
+    monkeypatch.chdir(tmp_path)
+    hook = "__editable__.mmzoo_plugin_toy-1.0.finder.__path_hook__"
+    monkeypatch.setattr(sys, "path", [hook, "src", ""])
+    assert absolute_path() == [hook, str(tmp_path / "src"), str(tmp_path)]
 
 
 def test_a_result_survives_json() -> None:
@@ -306,6 +334,7 @@ def test_the_command_reports_imports_and_the_whole_traceback(install: Callable[[
     assert any(name == "mm_plugin_toy.autoencoder" for name, _ in changed["slowest"])
     table = run_python(site, *arguments)
     assert table.returncode == 2
+    assert "mm plugin check" not in table.stdout + done.stdout, "it is being run"
     assert "RuntimeError: not today" in table.stdout
     assert "changed torch's global state" in table.stdout
     assert "it does not conform" in table.stdout

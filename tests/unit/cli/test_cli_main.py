@@ -49,7 +49,7 @@ def test_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "hint"),
-    [("trian", "`mm train`"), ("generte", "`mm generate`"), ("zzz", "list, show, check, train")],
+    [("trian", "`mm train`"), ("generte", "`mm generate`"), ("zzz", "list, show, check, explain")],
 )
 def test_an_unknown_command(wrong: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([wrong]) == 2

@@ -379,3 +379,10 @@ def test_comments_schema_and_unknown_kinds_of_files(files: Any, tmp_path: Path) 
     (tmp_path / "model.json").write_text('{"model_id": "qwen3_vl", "init_from_hf_path": "x"}')
     with pytest.raises(ConfigError, match=r"model\.json: transformers models cannot be trained yet"):
         load_training_job(files.flags())
+
+
+def test_model_id_is_no_key_of_a_dataset(files: Any) -> None:
+    files.data["dataset_param"]["model_id"] = "nonsense"
+    files.write()
+    (finding,) = (text for text in files.check() if "model_id" in text)
+    assert 'unknown key "model_id" in dataset_param (t2v)' in finding

@@ -48,7 +48,9 @@ def _child(output: Path, arguments: list[str]) -> None:
     code = 99
     try:
         from mm_core.cli.main import main
+        from mm_core.observe.console import console
 
+        console.width = 250  # it read the variable when it was made, perhaps before the fork
         code = main(arguments)
     except BaseException:  # noqa: BLE001 - reported by its exit code and text, whatever it is
         traceback.print_exc()

@@ -1,0 +1,234 @@
+"""Where each value of a job comes from, and what hooks made of it: what `mm explain` shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from pydantic import BaseModel
+
+from mm_core.config import generation_job as generation
+from mm_core.config import job as training
+from mm_core.config.assemble import Assembly
+from mm_core.config.component import ComponentConfig
+from mm_core.config.document import Document, read_document
+from mm_core.config.file_check import check_file
+from mm_core.config.findings import ConfigError, Finding, clip, has_errors, sort_findings
+from mm_core.config.flag_table import AcceptedFlags, RefusedFlags
+from mm_core.config.flags import TrainFlags
+from mm_core.config.kinds import CLASSES, Kind, detect_kind, unsupported, without_schema
+from mm_core.config.origin import DEFAULT, KeyPath, Origin, dotted
+from mm_core.config.overwrite import Overwrite
+from mm_core.config.resolved import leaves
+from mm_core.config.section import legacy_keys, walk_sections
+from mm_registry import PluginManager, default_manager
+from mm_registry.suggestions import closest
+
+_FLAG_OF = {
+    Kind.MODEL: "mm_model",
+    Kind.DATA: "mm_data",
+    Kind.TOOLS: "mm_tool",
+    Kind.FSDP2: "fsdp2_config_path",
+}
+_NAMES = {"model": Kind.MODEL, "data": Kind.DATA, "tools": Kind.TOOLS, "fsdp2": Kind.FSDP2}
+_IDLE_FLAGS = {*AcceptedFlags.model_fields, *RefusedFlags.model_fields}
+_Legacy = dict[KeyPath, KeyPath]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """One value of a job.
+
+    Attributes:
+        field: dotted path with the file's name in front: `model.predictor.num_layers`, `flags.lr`. A list of
+            plain values is one field.
+        value: in effect, JSON-able.
+        origin: where it was written.
+        overwrites: what hooks wrote at this place, in their order.
+    """
+
+    field: str
+    value: Any
+    origin: Origin
+    overwrites: tuple[Overwrite, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it JSON-able; `origin` has the fields of `Origin` and `text`, as people read it."""
+        return {
+            "field": self.field,
+            "value": self.value,
+            "origin": {**asdict(self.origin), "text": str(self.origin)},
+            "overwrites": [overwrite.to_dict() for overwrite in self.overwrites],
+        }
+
+
+def explain_flags(flags: TrainFlags, *, manager: PluginManager | None = None) -> tuple[Explained, ...]:
+    """Explain a training job, flags included. As for `mm check`, the job need not be complete: files that no
+    flag names are left out.
+
+    Raises:
+        ConfigError: with all findings, if there is an error among them.
+    """
+    return tuple(_training(flags, manager or default_manager(), with_flags=True))
+
+
+def explain_files(paths: Sequence[str], *, manager: PluginManager | None = None) -> tuple[Explained, ...]:
+    """Explain files by themselves: those of one training job, at most one of each kind, or one inference file.
+
+    Raises:
+        ConfigError: with all findings, if there is an error among them.
+    """
+    manager = manager or default_manager()
+    kinds: dict[Kind, str] = {}
+    for path in paths:
+        document = without_schema(read_document(path))
+        kind = detect_kind(document)
+        if kind is None or unsupported(document, kind) is not None:
+            raise ConfigError(check_file(path, manager=manager))
+        other = kinds.get(kind) or (
+            next(iter(kinds.values()), None) if Kind.INFERENCE in (kind, *kinds) else None
+        )
+        if other is not None:
+            text = f"it cannot be explained together with {other}"
+            mend = "Name files of one training job, one of each kind, or one inference file"
+            raise ConfigError([Finding("error", "too-many-files", text, path, suggestion=mend)])
+        kinds[kind] = path
+    if Kind.INFERENCE in kinds:
+        return tuple(_generation(kinds[Kind.INFERENCE], manager))
+    flags = TrainFlags.model_validate({_FLAG_OF[kind]: path for kind, path in kinds.items()})
+    return tuple(_training(flags, manager, with_flags=False))
+
+
+def matching(field: str, explained: Iterable[Explained]) -> tuple[Explained, ...]:
+    """Return what `field` names: paths that end with it, else all inside the section that it names.
+
+    Raises:
+        ConfigError: nothing does; the closest paths are told.
+    """
+    explained = tuple(explained)
+    wanted = _words(field)
+    size = len(wanted)
+    named = {item.field: _words(item.field) for item in explained}
+    found = [item for item in explained if wanted and named[item.field][-size:] == wanted]
+    if not found and wanted:
+        found = [
+            item
+            for item in explained
+            if any(named[item.field][at : at + size] == wanted for at in range(len(named[item.field])))
+        ]
+    if found:
+        return tuple(found)
+    spellings: dict[str, str] = {}
+    for path, words in named.items():
+        for start in range(len(words)):
+            spellings.setdefault(".".join(words[start:]), path)
+    near = dict.fromkeys(spellings[name] for name in closest(".".join(wanted), spellings))
+    mend = f"Did you mean {', or '.join(near)}?" if near else "`mm explain` without FIELD lists all"
+    text = f'there is no field "{clip(field)}" in this job'
+    raise ConfigError([Finding("error", "unknown-field", text, path="mm explain", suggestion=mend)])
+
+
+def _words(path: str) -> list[str]:
+    """`text_encoder[0].dtype`, or with `.0`, is text_encoder, 0, dtype."""
+    return [word for word in re.split(r"[.\[\]]", path) if word]
+
+
+# A job from the same draft as `mm check` makes: what that accepts can be explained.
+
+
+def _training(flags: TrainFlags, manager: PluginManager, *, with_flags: bool) -> Iterator[Explained]:
+    assembly = Assembly(manager)
+    draft = assembly.attempt(lambda: training.draft_training_job(flags, assembly, to_run=False))
+    if draft is None or has_errors(assembly.findings):
+        raise ConfigError(sort_findings(assembly.findings, training.file_order(flags)))
+    job = training.TrainingJob(
+        cast(Any, draft.model), cast(Any, draft.data), cast(Any, draft.tools), cast(Any, draft.fsdp2),
+        draft.flags, draft.components, draft.callbacks, (), (), assembly.hooks, tuple(assembly.overwrites),
+        draft.documents,
+    )  # fmt: skip
+    resolved = job.resolved()
+    files = {
+        "model": flags.mm_model, "data": flags.mm_data, "tools": flags.mm_tool, "fsdp2": flags.fsdp2_config_path,
+    }  # fmt: skip
+    for name, kind in _NAMES.items():
+        # Without a file there are defaults, which belong to a job but not to the files of `explain_files`.
+        if resolved["values"][name] is None or (files[name] is None and not with_flags):
+            continue
+        own = [c for c in job.components.values() if (c.role == "dataset") == (name == "data")]
+        overwrites = [o for o in job.overwrites if _words(o.path)[0] in resolved["values"][name]]
+        document = job.documents[name]
+        legacy = _legacy(CLASSES[kind], own, document)
+        yield from _explain(name, resolved["values"][name], document, overwrites, legacy)
+    if with_flags:
+        for flag, value in {**resolved["values"]["flags"], **resolved["launch"]}.items():
+            if flag in _IDLE_FLAGS and flag not in job.flags.model_fields_set:
+                continue  # it does nothing, and nobody wrote it
+            yield Explained(f"flags.{flag}", value, job.flags.origin(flag))
+
+
+def _generation(path: str, manager: PluginManager) -> Iterator[Explained]:
+    assembly = Assembly(manager)
+    document = without_schema(read_document(path))
+    draft = assembly.attempt(lambda: generation.draft_generation_job(document, assembly, to_run=False))
+    if draft is None or draft.model is None or has_errors(assembly.findings):
+        raise ConfigError(sort_findings(assembly.findings))
+    job = generation.GenerationJob(
+        draft.model, draft.components, draft.prompts, draft.model.tokenizer, draft.model.load, (), (),
+        assembly.hooks, tuple(assembly.overwrites), draft.document,
+    )  # fmt: skip
+    legacy = _legacy(CLASSES[Kind.INFERENCE], job.components.values(), job.document)
+    yield from _explain("model", job.resolved()["values"], job.document, job.overwrites, legacy)
+
+
+def _explain(
+    name: str, values: Any, document: Document, overwrites: Sequence[Overwrite], legacy: _Legacy
+) -> Iterator[Explained]:
+    for path, value in _fields(values):
+        old = legacy.get(path)
+        if path in legacy.values():
+            continue  # its value is told at the newer spelling
+        moved = old is not None and document.has(old) and document.value(old) is not None
+        written = old if moved and old is not None else path
+        origin = document.origin(written) if document.has(written) else DEFAULT
+        made = tuple(overwrite for overwrite in overwrites if _concerns(_words(overwrite.path), path))
+        yield Explained(dotted((name, *path)), value, origin, made)
+
+
+def _fields(values: Any) -> Iterator[tuple[KeyPath, Any]]:
+    """Leaves, with a list of plain values as one."""
+    whole: set[KeyPath] = set()
+    for path, value in leaves(values):
+        length = next((i for i in range(len(path)) if isinstance(path[i], int)), None)
+        if length is None:
+            yield path, value
+            continue
+        node = values
+        for part in path[:length]:
+            node = node[part]
+        if any(isinstance(item, Mapping | list) for item in node):
+            yield path, value
+        elif path[:length] not in whole:
+            whole.add(path[:length])
+            yield path[:length], node
+
+
+def _concerns(changed: Sequence[str], path: KeyPath) -> bool:
+    """Whether a change at one place is one of another: it is around it or inside it."""
+    own = [str(part) for part in path]
+    length = min(len(changed), len(own))
+    return list(changed[:length]) == own[:length]
+
+
+def _legacy(top: type[BaseModel], components: Iterable[ComponentConfig], document: Document) -> _Legacy:
+    """New spelling -> old one, for every section of a file."""
+    roots: list[tuple[type[BaseModel], KeyPath]] = [(top, ())]
+    roots += [(type(c.config), c.path) for c in components if c.config is not None]
+    found: _Legacy = {}
+    for cls, root in roots:
+        data = document.value(root) if document.has(root) else {}
+        for section, _, path in walk_sections(cls, data, root):
+            for old, new in legacy_keys(section).items():
+                found[(*path, new)] = (*path, old)
+    return found
