@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-war
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-full lint format docs bench clean help
+.PHONY: setup demo test test-full lint format generated docs bench clean help
 
 help:
 	@echo "make setup      .venv with the tested versions, the core, the plugins, and the example plugins as wheels"
@@ -15,16 +15,17 @@ help:
 	@echo "make test       the tests; make test-full runs the slow ones too"
 	@echo "make lint       ruff, mypy, import-linter"
 	@echo "make bench      our training step against a plain loop; finding plugins against the standard library"
+	@echo "make generated  the pages and schemas that are written from the code"
 	@echo "make docs       the documentation as HTML in site/"
 
 setup: $(VENV)/.setup
 
-$(VENV)/.setup: constraints.txt pyproject.toml registry/pyproject.toml mm_plugins/wan22/pyproject.toml $(shell find examples/plugins -path '*/mm_plugin_*.py' -o -name pyproject.toml)
+$(VENV)/.setup: constraints.txt pyproject.toml registry/pyproject.toml mm_plugins/wan22/pyproject.toml mm_plugins/qwen3vl/pyproject.toml $(shell find examples/plugins -path '*/mm_plugin_*.py' -o -name pyproject.toml)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: MM Zoo needs Python 3.11 or newer; say which: make setup PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) "setuptools>=77.0.3" wheel
-	$(PIP) --no-build-isolation -e ./registry -e . -e ./mm_plugins/wan22
+	$(PIP) --no-build-isolation -e ./registry -e . -e ./mm_plugins/wan22 -e ./mm_plugins/qwen3vl
 	rm -rf $(VENV)/wheels && $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation -w $(VENV)/wheels ./examples/plugins/mmzoo-plugin-haar ./examples/plugins/mmzoo-plugin-ltx
 	$(PIP) --no-deps --force-reinstall $(VENV)/wheels/*.whl
 	@touch $@
@@ -54,6 +55,12 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Pages and files that are written from the code; tests compare.
+generated: $(VENV)/.dev
+	$(BIN)/python -m mm_core.config.reference docs/configuration-reference.md
+	$(BIN)/python -m mm_core.testing.catalogue docs/conformance.md
+	for kind in job model data tools fsdp2 inference transformers; do $(BIN)/mm schema $$kind --output examples/schemas/$$kind.schema.json || exit; done
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/train_step.py

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mm_core.config.environment import read, whole_number
 from mm_registry.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Accelerator:
     """
 
     type: str = "cpu"
-    local_rank: int = field(default_factory=lambda: _from_environment("LOCAL_RANK", 0))
+    local_rank: int = field(default_factory=lambda: whole_number("LOCAL_RANK", 0))
 
     @classmethod
     def current(cls, requested: str | None = None) -> Accelerator:
@@ -87,7 +88,7 @@ class Accelerator:
         Raises:
             UserError: the requested one is unknown or cannot be used here; the message says why.
         """
-        requested = requested or os.environ.get("MM_DEVICE") or None
+        requested = requested or read("MM_DEVICE") or None
         if requested is not None:
             if requested not in TYPES:
                 raise UserError(f'MM_DEVICE: "{requested}" is no device type; use one of {", ".join(TYPES)}.')
@@ -226,20 +227,20 @@ class Accelerator:
         timeout = timedelta(minutes=timeout_minutes)
         # Passing the device lets NCCL and HCCL connect at once, and says which device a rank owns.
         device = None if self.type == "cpu" else self.device
-        if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        if read("RANK") is None and read("WORLD_SIZE") is None:
             store = dist.HashStore()
             dist.init_process_group(
                 backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device
             )
             return
-        missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
+        missing = [name for name in _LAUNCHER_VARIABLES if read(name) is None]
         if missing:
             raise UserError(
-                f"The environment has {', '.join(n for n in _LAUNCHER_VARIABLES if n in os.environ)} but not "
+                f"The environment has {', '.join(n for n in _LAUNCHER_VARIABLES if read(n) is not None)} but not "
                 f"{', '.join(missing)}: "
                 "start with torchrun or --nproc-per-node, or unset them to run one process."
             )
-        rank, world = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
+        rank, world = whole_number("RANK", 0), whole_number("WORLD_SIZE", 1)
         if not 0 <= rank < world:
             raise UserError(f"RANK={rank} is outside WORLD_SIZE={world}.")
         dist.init_process_group(
@@ -306,11 +307,3 @@ def _why_not(type_: str) -> str | None:
 
 def _torch_npu_installed() -> bool:
     return importlib.util.find_spec("torch_npu") is not None
-
-
-def _from_environment(name: str, default: int) -> int:
-    value = os.environ.get(name, str(default))
-    try:
-        return int(value)
-    except ValueError:
-        raise UserError(f'The environment variable {name} is "{value}", not a whole number.') from None

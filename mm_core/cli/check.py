@@ -1,24 +1,29 @@
-"""`mm check`: the files of a job, or single files, with every finding at once. Nothing is built and torch is
-not imported.
+"""`mm check`: the files of a job, or single files, with every finding at once. Without `--build` nothing is built and
+torch is not imported.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable
 
+from mm_core.cli import pydantic_plugins
 from mm_core.cli.options import output_format
 from mm_core.config.findings import ConfigError, Finding, has_errors
 
 _HELP = """\
 usage: mm check FILE... [--format text|json]
-       mm check --mm-model FILE --mm-data FILE [FLAGS OF mm train] [--format text|json]
+       mm check --mm-model FILE --mm-data FILE [FLAGS OF mm train] [key.path=value...] [--format text|json]
+       mm check job.yaml FLAG_OR_OVERRIDE... [--format text|json]
+       mm check ... --build
 
 Check configuration files: syntax, keys, types, ids, and how the files of a job fit together. A single file
-may be a training model, an inference, data, tools or sharding file; its keys tell which. Exit code 2 if
-there is an error, else 0.
+may be a training model, an inference, data, tools or sharding file, or a job file; its keys tell which. With flags
+or overrides it is a job on this machine, whose paths must exist. Exit code 2 if there is an error, else 0.
+
+--build imports torch, builds the models on the meta device, and checks the patterns of the sharding file against
+them and the names and shapes of weights, of which it reads headers only. A line says what was built.
 """
 _PLURALS = {"error": "errors", "warning": "warnings", "note": "notes"}
 
@@ -28,33 +33,40 @@ def run(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         sys.stdout.write(_HELP)
         return 0
-    # pydantic would read the metadata of every distribution for plugins of its own, which takes as long as
-    # the check.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    pydantic_plugins.disable()
     form, rest = output_format(argv, ("text", "json"))
-    findings = _findings(rest)
+    build = "--build" in rest
+    rest = [word for word in rest if word != "--build"]
+    findings, summary = _findings(rest), list[str]()
+    if build:
+        from mm_core.cli.check_build import check_build  # imports torch
+
+        report = check_build(rest, findings)
+        findings, summary = (*findings, *report.findings), report.summary
     if form == "json":
         data = {"findings": [finding.to_dict() for finding in findings]}
         sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
     else:
-        sys.stdout.write(findings_text(findings))
+        sys.stdout.write("".join(f"{line}\n" for line in summary) + findings_text(findings))
     return ConfigError.exit_code if has_errors(findings) else 0
 
 
 def _findings(arguments: list[str]) -> tuple[Finding, ...]:
-    files = [word for word in arguments if not word.startswith("-")]
+    from mm_core.config.overrides import is_override
+
+    files = [word for word in arguments if not word.startswith("-") and not is_override(word)]
     if files and len(files) == len(arguments):
         from mm_core.config.file_check import check_file
 
-        return tuple(finding for file in files for finding in check_file(file))
-    from mm_core.config.flags import parse_train_flags
-    from mm_core.config.job import check_training_job
+        alone = tuple(finding for file in files for finding in check_file(file))
+        if len(files) == 1:
+            return alone
+        from mm_core.config.together import check_files_together
 
-    try:
-        flags = parse_train_flags(arguments)
-    except ConfigError as error:
-        return error.findings
-    return check_training_job(flags)
+        return (*alone, *check_files_together(files))
+    from mm_core.config.job import check_command_line
+
+    return check_command_line(arguments)
 
 
 def findings_text(findings: Iterable[Finding]) -> str:

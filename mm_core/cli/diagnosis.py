@@ -19,7 +19,8 @@ from mm_registry.spec import EXCLUDED, canonical_name
 WITH_CONFIG = ("diffusion", "predictor", "ae", "text_encoder", "i2v_processor", "dataset")
 WITH_POLICY = ("predictor", "transformers_model")
 
-_LEVELS = ("error", "warning", "note")
+#: From bad to good.
+LEVELS = ("error", "warning", "note")
 _LEVEL_OF_STATUS = {
     Status.BLOCKED: "note",
     Status.NOT_ALLOWLISTED: "note",
@@ -83,7 +84,7 @@ def diagnose(manager: PluginManager) -> list[Problem]:
             found += _requirements(manager, record)
             found += _targets(claims)
             found += _unsaid(manager, record, claims)
-    return sorted(found, key=lambda p: (_LEVELS.index(p.level), p.distribution, p.code, p.message))
+    return sorted(found, key=lambda p: (LEVELS.index(p.level), p.distribution, p.code, p.message))
 
 
 def _unusable(entries: Iterable[EntrySpec]) -> Iterator[Problem]:

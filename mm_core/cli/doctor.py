@@ -1,5 +1,5 @@
-"""`mm doctor`: what is wrong with this environment and its plugins, what it costs, and what mends it. Reads
-metadata and source files only: imports neither torch nor a plugin.
+"""`mm doctor`: what is wrong with this environment, its variables and its plugins, what it costs, and what mends it.
+Reads metadata and source files only: imports neither torch nor a plugin.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from mm_core.cli.diagnosis import Problem, diagnose, problem, requirements_of_core
+from mm_core.cli.diagnosis import LEVELS, Problem, diagnose, problem, requirements_of_core
 from mm_core.cli.options import no_words, output_format
 from mm_core.cli.tables import json_text, printable, table
+from mm_core.config.environment import check_environment, is_read, set_variables, variables
 from mm_registry import PluginManager, default_manager
 from mm_registry.errors import SelectionError
 from mm_registry.selection import VARIABLE, SelectionLayer, environment_file, find_project_file
@@ -24,7 +26,8 @@ _HELP = """\
 usage: mm doctor [--format table|json]
 
 Tell what is wrong, or left unsaid, in this environment: damaged metadata, ids that two distributions claim,
-plugins made for another version, missing requirements, selection files in force; and what mends each.
+plugins made for another version, missing requirements, selection files in force, environment variables that are
+set (who reads them, and whether their value is right); and what mends each.
 Exit code 2 if there is an error, else 0.
 """
 
@@ -39,7 +42,8 @@ def run(argv: list[str]) -> int:
     selection, damaged = _selection()
     # A selection that cannot be read must not hide everything else.
     manager = PluginManager(environment_file=None, project_folder=None) if damaged else default_manager()
-    problems = [*damaged, *diagnose(manager)]
+    environment = list(_environment())
+    problems = _worst_first([*damaged, *diagnose(manager), *_wrong_variables()])
     failed = any(found.level == "error" for found in problems)
     page = {
         "ok": not failed,
@@ -47,6 +51,7 @@ def run(argv: list[str]) -> int:
         "versions": list(_versions(manager)),
         "plugins": list(_plugins(manager)),
         "selection": selection,
+        "environment": environment,
         "problems": [found.to_dict() for found in problems],
     }
     sys.stdout.write(json_text(page) if form == "json" else printable(_text(page)))
@@ -74,9 +79,35 @@ def _plugins(manager: PluginManager) -> Iterator[dict[str, Any]]:
         }
 
 
+def _environment() -> Iterator[dict[str, Any]]:
+    """Each variable of our table that is set; secrets are hidden."""
+    wrong = {finding.path: finding for finding in check_environment()}
+    for variable, value in set_variables():
+        found = wrong.get(variable.name)
+        yield {
+            "variable": variable.name,
+            "value": variable.shown(value),
+            "read_by": variable.reader,
+            "effective": is_read(variable),
+            "meaning": variable.meaning,
+            "problem": found.text if found is not None and variable.reader else "",
+        }
+
+
+def _wrong_variables() -> Iterator[Problem]:
+    for finding in check_environment():
+        if finding.level != "note":
+            found = problem(finding.level, "environment-variable", "", f"{finding.path}: {finding.message}")
+            yield replace(found, mend=finding.suggestion)
+
+
+def _worst_first(problems: list[Problem]) -> list[Problem]:
+    return sorted(problems, key=lambda found: LEVELS.index(found.level))
+
+
 def _selection() -> tuple[list[dict[str, Any]], list[Problem]]:
     """What each place says about which plugins take part, outermost first, and what cannot be read."""
-    said = SelectionLayer.from_environ(os.environ)
+    said = SelectionLayer.from_environ(variables())
     layers = [
         {"scope": "variable", "place": VARIABLE, "exists": said is not None, "readable": True, **_lists(said)}
     ]
@@ -122,9 +153,27 @@ def _text(page: dict[str, Any]) -> str:
         ),
         "".join(f"selection: {line}\n" for layer in page["selection"] for line in _layer_lines(layer))
         or "selection: nothing is selected; every installed plugin takes part\n",
+        _environment_text(page["environment"]),
         _problems_text(page["problems"]),
     ]
     return "\n".join(parts)
+
+
+def _environment_text(rows: Sequence[dict[str, Any]]) -> str:
+    if not rows:
+        return "environment variables: none is set that matters here\n"
+    header = ("environment variable", "value", "read by", "meaning")
+    return table(header, [(each["variable"], each["value"], _reader(each), _meaning(each)) for each in rows])
+
+
+def _reader(row: dict[str, Any]) -> str:
+    if not row["read_by"]:
+        return "nobody here"
+    return str(row["read_by"]) if row["effective"] else f"{row['read_by']}, not installed"
+
+
+def _meaning(row: dict[str, Any]) -> str:
+    return f"{row['meaning']} ({row['problem']})" if row["problem"] else str(row["meaning"])
 
 
 def _counted(statuses: dict[str, int]) -> str:

@@ -4,20 +4,22 @@ not imported.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mm_core.cli import pydantic_plugins
 from mm_core.cli.options import output_format
 from mm_core.cli.tables import json_text, printable, table
-from mm_core.config.findings import ConfigError, Finding, show
+from mm_core.config.findings import ConfigError, Finding, has_errors, show
+from mm_core.config.overrides import is_override
 
 if TYPE_CHECKING:
     from mm_core.config.explain import Explained
 
 _HELP = """\
 usage: mm explain [FIELD] --mm-model FILE [--mm-data FILE] [FLAGS OF mm train] [--format table|json]
+       mm explain [FIELD] job.yaml [FLAGS OF mm train] [key.path=value...] [--format table|json]
        mm explain [FIELD] FILE... [--format table|json]
 
 Print each value of a job with the place where it was written (file:line:column, flag, default, or hook with its
@@ -41,9 +43,9 @@ def run(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         sys.stdout.write(_HELP)
         return 0
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # see `mm check`
+    pydantic_plugins.disable()
     form, rest = output_format(argv, ("table", "json"))
-    field = rest.pop(0) if rest and not rest[0].startswith("-") and not rest[0].endswith(_FILES) else None
+    field = rest.pop(0) if rest and _is_field(rest[0]) else None
     if not rest:
         text = "no file is named, so there is no job to explain"
         mend = "Add --mm-model FILE and the other flags of `mm train`, or the files alone"
@@ -67,14 +69,22 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _is_field(word: str) -> bool:
+    return not (word.startswith("-") or word.endswith(_FILES) or is_override(word))
+
+
 def _explained(words: list[str]) -> tuple[Explained, ...]:
     from mm_core.config.explain import explain_files, explain_flags
 
-    if not any(word.startswith("-") for word in words):
+    if not any(word.startswith("-") or is_override(word) for word in words):
         return explain_files(words)
-    from mm_core.config.flags import parse_train_flags
+    from mm_core.config.flag_parsing import read_command_line
+    from mm_core.config.job import check_command_line
 
-    return explain_flags(parse_train_flags(words))
+    flags, findings = read_command_line(words)
+    if has_errors(findings):
+        raise ConfigError(check_command_line(words))
+    return explain_flags(flags)
 
 
 def _text(explained: Sequence[Explained]) -> str:

@@ -130,6 +130,10 @@ EXPLANATIONS: dict[str, Explanation] = {
         "The module behind the entry is no valid Python for this interpreter, so asking for the id fails.",
         _AUTHORS,
     ),
+    # found by the doctor: environment variables
+    "environment-variable": Explanation(
+        "A wrong value stops whoever reads it, or is taken for another; under a wrong name nobody reads it."
+    ),
     # found by the doctor: what a plugin leaves unsaid
     "no-api-range": Explanation(
         "Nobody can tell whether the plugin fits the installed core; if it does not, it fails in the middle of a run "

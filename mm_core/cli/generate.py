@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from mm_core.config import GenerationJob, load_generation_job
+from mm_core.config.environment import check_environment, whole_number
+from mm_core.config.findings import ConfigError, Finding, has_errors
+from mm_core.config.generate_flags import classic_flag_names, take_classic_flags
 from mm_registry.errors import UserError
 from mm_registry.suggestions import closest
+
+log = logging.getLogger(__name__)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,6 +31,8 @@ def _parser() -> _Parser:
         prog="mm generate",
         description="Write one MP4 for each prompt, and beside it a JSON that says how to make it again.",
         allow_abbrev=False,
+        epilog="Flags of MindSpeed-MM's inference scripts, which `mm train --help` lists, are accepted as well: what "
+        "only training reads gets a note, and what would change the videos is refused.",
     )
     add = parser.add_argument
     add(
@@ -46,27 +54,44 @@ def _parser() -> _Parser:
         metavar="X",
         help="one number, or two: high-noise and low-noise expert",
     )
-    add("--batch-size", type=int, default=1, metavar="N", help="videos made together (default 1)")
+    add(
+        "--batch-size",
+        "--micro-batch-size",
+        type=int,
+        default=1,
+        metavar="N",
+        help="videos made together (default 1)",
+    )
+    add("--use-deter-comp", action="store_true", help="deterministic kernels only")
     return parser
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse, with underscores accepted for hyphens, and a suggestion for an unknown flag."""
+def _own(parser: argparse.ArgumentParser) -> set[str]:
+    """Attributes of the parser's flags."""
+    words = (word for action in parser._actions for word in action.option_strings)
+    return {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Finding]]:
+    """Parse, with underscores accepted for hyphens, and a suggestion for an unknown flag. Flags of MindSpeed-MM's
+    scripts are taken out first; what there is to say about them is returned.
+    """
+    parser = _parser()
+    argv, findings = take_classic_flags(argv, _own(parser))
     words = [
         "--" + word[2:].partition("=")[0].replace("_", "-") + "".join(word[2:].partition("=")[1:])
         if word.startswith("--")
         else word
         for word in argv
     ]
-    parser = _parser()
     known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
     for word in words:
         name = word.partition("=")[0]
         if name.startswith("--") and name not in known:
-            near = closest(name, known, 1)
+            near = closest(name, [*known, *classic_flag_names(_own(parser))], 1)
             mend = f"did you mean {near[0]}?" if near else "`mm generate --help` lists the flags."
             raise UserError(f"{name}: there is no such flag of mm generate; {mend}")
-    return parser.parse_args(words)
+    return parser.parse_args(words), findings
 
 
 def run(argv: list[str]) -> int:
@@ -74,7 +99,9 @@ def run(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         sys.stdout.write(_parser().format_help())
         return 0
-    options = _parse(argv)
+    options, findings = _parse(argv)
+    if not _is_alone():
+        return UserError.exit_code  # rank 0 says it
     for flag in ("num_inference_steps", "batch_size"):
         value = getattr(options, flag)
         if value is not None and value < 1:
@@ -92,16 +119,43 @@ def run(argv: list[str]) -> int:
             "save_path": options.save_path,
         },
     )
-    return _generate(job, options)
+    return _generate(job, options, [*findings, *_wrong_variables()])
 
 
-def _generate(job: GenerationJob, options: argparse.Namespace) -> int:
+def _is_alone() -> bool:
+    """Whether this process makes the videos by itself.
+
+    Raises:
+        UserError: on rank 0 of several.
+    """
+    ranks = whole_number("WORLD_SIZE", 1)
+    if ranks > 1 and whole_number("RANK", 0) == 0:
+        raise UserError(
+            f"mm generate makes its videos in one process, and {ranks} were started (WORLD_SIZE={ranks}); start one "
+            "(torchrun --nproc_per_node 1), or several commands with their own --prompt and --save-path."
+        )
+    return ranks <= 1
+
+
+def _wrong_variables() -> Iterable[Finding]:
+    findings = [finding for finding in check_environment() if finding.level != "note"]
+    if has_errors(findings):
+        raise ConfigError(findings)
+    return findings
+
+
+def _generate(job: GenerationJob, options: argparse.Namespace, findings: Iterable[Finding] = ()) -> int:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from mm_core.accelerator import Accelerator
     from mm_core.generation import generate  # imports torch: only once everything written is right
     from mm_core.observe.console import console, setup_logging
 
     setup_logging(0)
+    for finding in (*findings, *job.findings):
+        log.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s", finding)
+    if options.use_deter_comp:
+        Accelerator.current().deterministic()
     guidance = options.guidance_scale
     columns = (
         TextColumn("generating"),

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "each value of a job: what it is, where it was written, what hooks changed",
     ),
     "schema": ("mm_core.cli.schema", "the JSON Schema of a file or a component, for editors"),
+    "migrate": ("mm_core.cli.migrate", "rewrite a launch script, flags or files as one commented job file"),
     "train": (
         "mm_core.cli.train",
         "train a model from model.json, data.json, tools.json, fsdp2.yaml and flags",
@@ -141,7 +142,9 @@ def _discard(output: TextIO) -> None:
 
 
 def _report(error: UserError) -> None:
-    rank = os.environ.get("RANK", "0")
+    from mm_core.config.environment import read
+
+    rank = read("RANK") or "0"
     prefix = "error" if rank == "0" else f"error (rank {rank})"
     from mm_core.cli.tables import printable
 

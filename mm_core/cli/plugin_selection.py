@@ -12,6 +12,7 @@ from pathlib import Path
 from mm_core.cli.options import only_word, output_format, take_option
 from mm_core.cli.selection_file import SelectionFile, locked
 from mm_core.cli.tables import json_text
+from mm_core.config.environment import variables
 from mm_registry import PluginManager, UserError
 from mm_registry.selection import (
     CORE_DISTRIBUTIONS,
@@ -134,7 +135,7 @@ def _not_allowed(layers: list[SelectionLayer], name: str) -> bool:
 
 def _in_force(name: str) -> tuple[bool, str]:
     """Whether a distribution takes part now, and which line says so or not, all selections together."""
-    variable = SelectionLayer.from_environ(os.environ)
+    variable = SelectionLayer.from_environ(variables())
     project = find_project_file()
     places = [environment_file(), *([project] if project is not None else [])]
     layers = [variable] if variable is not None else []

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 _HELP = """\
 usage: mm schema WHAT [--output FILE]
 
-Print the JSON Schema (draft 2020-12) of a kind of file (model, data, tools, fsdp2, inference) or of one component's
-section (`predictor/wandit`, or `wandit` where only one registry has it). It knows the components that are installed
-here. --output writes it to FILE; a FILE that is there already is replaced only if it is a schema of ours.
+Print the JSON Schema (draft 2020-12) of a kind of file (job, model, data, tools, fsdp2, inference, transformers) or of
+one component's section (`predictor/wandit`, or `wandit` where only one registry has it). It knows the components that
+are installed here. --output writes it to FILE; a FILE that is there already is replaced only if it is a schema of ours.
 """
 _MAX_BYTES = 64 * 1024 * 1024
 
@@ -46,7 +46,8 @@ def run(argv: list[str]) -> int:
 
 
 def _schema(what: str) -> dict[str, Any]:
-    from mm_core.config.schema import KINDS, component_schema, file_schema
+    from mm_core.config.schema import KINDS, file_schema
+    from mm_core.config.schema_components import component_schema
     from mm_registry import default_manager
 
     if what in KINDS:
@@ -57,7 +58,8 @@ def _schema(what: str) -> dict[str, Any]:
 
 def _component(what: str, manager: PluginManager) -> tuple[EntrySpec, str]:
     from mm_core.cli.ids import claims_named, unknown_everywhere
-    from mm_core.config.schema import KINDS, SECTION_ROLES
+    from mm_core.config.schema import KINDS
+    from mm_core.config.schema_components import SECTION_ROLES
     from mm_registry.groups import ROLES
     from mm_registry.suggestions import closest
 
@@ -112,7 +114,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    from mm_core.config.schema import WRITTEN
+    from mm_core.config.schema_components import WRITTEN
 
     if not path.is_file() or path.stat().st_size > _MAX_BYTES:
         return False  # a device can be read without end

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-from mm_core.config import TrainFlags, load_training_job, parse_train_flags
-from mm_core.config.flags import train_help, world_size
+from mm_core.config import ConfigError, TrainFlags, load_training_job, parse_train_flags
+from mm_core.config.environment import launched
+from mm_core.config.flag_help import train_help
+from mm_core.config.flags import world_size
 from mm_registry import default_manager
 
 
@@ -19,9 +20,9 @@ def run(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         sys.stdout.write(train_help())
         return 0
-    flags = parse_train_flags(argv)
+    flags = _flags(argv)
     several = world_size(flags) > 1
-    if several and "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if several and launched():
         from mm_core.training.session import train_launched
 
         return train_launched(flags, lambda: _check_lock(flags))
@@ -31,6 +32,16 @@ def run(argv: list[str]) -> int:
     from mm_core.training.session import train  # imports torch: only once everything written is right
 
     return train(job, argv, plugins)
+
+
+def _flags(argv: list[str]) -> TrainFlags:
+    """Read the command line. If it is wrong, what is wrong with the files that it names is told with it."""
+    try:
+        return parse_train_flags(argv)
+    except ConfigError:
+        from mm_core.config.job import check_command_line
+
+        raise ConfigError(check_command_line(argv)) from None
 
 
 def _check_lock(flags: TrainFlags) -> None:

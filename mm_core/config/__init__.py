@@ -16,6 +16,7 @@ _EXPORTS = {
     "MMConfig": "mm_core.config.classic",
     "ModelConfig": "mm_core.config.model",
     "NoEffect": "mm_core.config.keys",
+    "NotYet": "mm_core.config.keys",
     "Only": "mm_core.config.keys",
     "Origin": "mm_core.config.origin",
     "SectionModel": "mm_core.config.section",
@@ -30,9 +31,9 @@ _EXPORTS = {
     "load_generation_job": "mm_core.config.generation_job",
     "load_training_job": "mm_core.config.job",
     "merge_mm_args": "mm_core.config.args",
-    "parse_train_flags": "mm_core.config.flags",
+    "parse_train_flags": "mm_core.config.flag_parsing",
     "read_document": "mm_core.config.document",
-    "train_help": "mm_core.config.flags",
+    "train_help": "mm_core.config.flag_help",
     "world_size": "mm_core.config.flags",
 }
 

@@ -7,21 +7,16 @@ Where a source checkout of Megatron-LM offers `megatron.training` (the PyPI whee
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
-import logging
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mm_core.config.classic import MMConfig
 from mm_core.config.findings import closest
+from mm_core.megatron.arguments import arguments_of_megatron, hand_over, take_back
 from mm_registry.errors import UserError
 
 if TYPE_CHECKING:
     from mm_core.config.job import TrainingJob
 
-log = logging.getLogger(__name__)
 _PATHS = ("mm_model", "mm_data", "mm_tool")
 
 
@@ -52,15 +47,10 @@ def get_args() -> Any:
     """
     if _current is not None:
         return _current
-    megatron = _megatron_training()
-    if megatron is not None:
-        try:
-            args = megatron.get_args()
-        except AssertionError:  # its way to say that they are not initialized
-            pass
-        else:
-            merge_mm_args(args)
-            return args
+    args = arguments_of_megatron()
+    if args is not None:
+        merge_mm_args(args)
+        return args
     raise UserError(
         "get_args(): no job runs in this process; `mm train` sets the arguments once the job is checked. Elsewhere read "
         'files with mm_core.config.MMConfig({"model": PATH}) and flags with mm_core.config.parse_train_flags(WORDS).'
@@ -89,54 +79,22 @@ def set_args(job: TrainingJob) -> None:
     clear_args()
     flags = job.flags
     args = JobArgs(**{name: getattr(flags, name) for name in type(flags).model_fields})
-    given = {"model": flags.mm_model, "data": flags.mm_data, "tool": flags.mm_tool}
-    documents = {
-        "model": job.documents["model"],
-        "data": job.documents["data"],
-        "tool": job.documents["tools"],
-    }
-    args.mm = MMConfig.from_documents({name: documents[name] for name, path in given.items() if path})
+    args.mm_model, args.mm_data, args.mm_tool = (flags.source(name) for name in ("model", "data", "tools"))
+    documents = {"model": "model", "data": "data", "tool": "tools"}
+    args.mm = MMConfig.from_documents(
+        {
+            name: job.documents[section]
+            for name, section in documents.items()
+            if job.documents[section].data or flags.source(section)
+        }
+    )
     _current = args
-    _hand_over(args)
+    hand_over(args)
 
 
 def clear_args() -> None:
     """Forget the arguments: the job has ended."""
     global _current
-    megatron = sys.modules.get("megatron.training.global_vars")
-    if _current is not None and megatron is not None and getattr(megatron, "_GLOBAL_ARGS", None) is _current:
-        megatron.set_args(None)
+    if _current is not None:
+        take_back(_current)
     _current = None
-
-
-def _megatron_training() -> ModuleType | None:
-    """Return the package `megatron.training`, or `None` if it is not installed."""
-    loaded = sys.modules.get("megatron.training")
-    if loaded is not None:
-        return loaded
-    try:
-        found = importlib.util.find_spec("megatron.training")
-    except ModuleNotFoundError:  # no megatron at all
-        return None
-    return importlib.import_module("megatron.training") if found else None
-
-
-def _hand_over(args: JobArgs) -> None:
-    """Let `megatron.training.get_args()` return these arguments too, unless it has some of its own."""
-    try:
-        if _megatron_training() is None:
-            return
-        megatron = importlib.import_module("megatron.training.global_vars")
-    except Exception as error:  # noqa: BLE001 - a checkout that the job itself does not need
-        log.warning(
-            "megatron.training cannot be imported (%s: %s): its get_args() knows no job",
-            type(error).__name__,
-            error,
-        )
-        return
-    try:
-        megatron.get_args()
-    except AssertionError:
-        megatron.set_args(args)
-    else:
-        log.warning("megatron.training has arguments already; its get_args() returns those, not the job's")

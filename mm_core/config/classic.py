@@ -191,7 +191,7 @@ class MMConfig:
                 except ConfigError as error:
                     findings += error.findings
                 else:
-                    self._set(name, document)
+                    self._set(name, document, _section_of(document, name))
         if findings:
             raise ConfigError(findings)
 
@@ -200,12 +200,11 @@ class MMConfig:
         """Return the configuration of files that have been read, perhaps patched: `model`, `data`, `tool`."""
         config = cls({})
         for name, document in documents.items():
-            config._set(name, document)
+            config._set(name, document, ())
         return config
 
-    def _set(self, name: str, document: Document) -> None:
-        combined = Path(document.path).suffix.lower() != ".json" and isinstance(document.data.get(name), dict)
-        reader = ConfigReader.from_document(document, (name,) if combined else ())
+    def _set(self, name: str, document: Document, path: KeyPath) -> None:
+        reader = ConfigReader.from_document(document, path)
         if "$schema" in reader:
             delattr(reader, "$schema")  # for editors
         setattr(self, name, reader)
@@ -227,6 +226,15 @@ class MMConfig:
             "\n".join(f"{name}: {reader!r}" for name, reader in vars(self).items())
             or "MMConfig without files"
         )
+
+
+def _section_of(document: Document, name: str) -> KeyPath:
+    """Return where a section stands: at the top of a file of its own, or under its name in a combined one."""
+    if Path(document.path).suffix.lower() != ".json":
+        for key in (name, "tools") if name == "tool" else (name,):
+            if isinstance(document.data.get(key), dict):
+                return (key,)
+    return ()
 
 
 def _wrap(document: Document, path: KeyPath, value: Any) -> Any:

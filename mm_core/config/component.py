@@ -15,6 +15,9 @@ from mm_registry.spec import EntrySpec
 #: Roles whose components have weights, and so the keys of `WeightKeys`.
 WITH_WEIGHTS = frozenset({"predictor", "ae", "text_encoder"})
 
+#: Keys that choose a component where it is not `model_id`.
+ID_KEYS = {"dataset": "dataset_type", "i2v_processor": "processor_id"}
+
 
 class IdKeys(SectionModel):
     """The key that every component's section has; the core consumes it."""
@@ -34,6 +37,7 @@ class WeightKeys(IdKeys):
     hub_backend: Annotated[
         Literal["hf", "modelscope", "om"] | None,
         NoEffect("nothing is downloaded; from_pretrained names a local folder", quiet_for=("hf", None)),
+        Field(description="Hub that a name would be looked up in."),
     ] = None
     init: Annotated[
         Literal["pretrained", "random"],
@@ -46,7 +50,7 @@ class ComponentConfig:
     """What a factory needs to build one component.
 
     Attributes:
-        role: `predictor`, `ae`, `text_encoder`, `diffusion`, `dataset`, `task`, `pipeline`.
+        role: `predictor`, `ae`, `text_encoder`, `diffusion`, `i2v_processor`, `dataset`, `task`, `pipeline`.
         model_id: as written.
         spec: the entry that it means.
         config: the section, validated by the config class of the entry; None if it registers none.
@@ -67,6 +71,11 @@ class ComponentConfig:
     from_pretrained: str | None = None
     init: Literal["pretrained", "random"] = "pretrained"
     path: KeyPath = ()
+
+    @property
+    def id_key(self) -> str:
+        """The key whose value is the component's id."""
+        return ID_KEYS.get(self.role, "model_id")
 
     @property
     def label(self) -> str:

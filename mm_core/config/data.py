@@ -1,17 +1,30 @@
 """`data.json`: the dataset and how batches are drawn from it."""
 
-from typing import Annotated, Any, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from mm_core.config.keys import NoEffect, Only
+from mm_core.config.keys import NoEffect, NotYet, Only
 from mm_core.config.section import SectionModel, invalid
 
-_BUCKETS = (
-    "buckets of similar samples are not available yet; remove the key: every sample is resized to one size"
-)
-_Bucket: TypeAlias = Annotated[bool, Only(False, reason=_BUCKETS)]
+_BUCKETS = "samples are not grouped by size or length yet"
+_Bucket: TypeAlias = Annotated[bool, NotYet(False, reason=_BUCKETS)]
 _FLAGS = "the command line decides"
+#: Always draws at random, in MindSpeed-MM as here.
+_RANDOM = "BaseRandomBatchSampler"
+
+
+class CollateConfig(SectionModel):
+    """`dataloader_param.collate_param`, of vision-language models."""
+
+    model_name: Annotated[
+        str | None, Field(min_length=1, description="Family whose samples are stacked, such as `qwen3vl`.")
+    ] = None
+    ignore_pad_token_for_loss: Annotated[
+        bool,
+        NotYet(True, reason="padding never counts in the loss"),
+        Field(description="Leave padding out of the loss."),
+    ] = True
 
 
 class DataloaderConfig(SectionModel):
@@ -22,20 +35,38 @@ class DataloaderConfig(SectionModel):
     """
 
     dataloader_mode: Annotated[
-        str, Only("sampler", reason="samples are always dealt by one global sampler")
+        Literal["sampler", "base", "variable"],
+        NotYet("sampler", reason="samples are always dealt by one global sampler"),
+        Field(description="How the loader is made: with a sampler, plain, or for clips of several sizes."),
     ] = "sampler"
     sampler_type: Annotated[
-        str,
-        Only(
+        Literal[
             "stateful_distributed_sampler",
             "SequentialSampler",
-            reason="samplers that form buckets or balance lengths are not available yet; use "
-            "stateful_distributed_sampler "
-            "(with shuffle) or SequentialSampler",
+            "BaseRandomBatchSampler",
+            "LengthGroupedSampler",
+            "VariableVideoBatchSampler",
+        ],
+        NotYet(
+            "stateful_distributed_sampler",
+            "SequentialSampler",
+            _RANDOM,
+            reason=_BUCKETS,
+        ),
+        Field(
+            description="`SequentialSampler` keeps the order of the dataset, `BaseRandomBatchSampler` draws a new one "
+            "each epoch, `stateful_distributed_sampler` as `shuffle` says."
         ),
     ] = "stateful_distributed_sampler"
-    shuffle: Annotated[bool, Field(description="A new order each epoch, keyed by --seed.")] = False
-    drop_last: Annotated[bool, NoEffect("batches are always full: one goes on into the next epoch")] = False
+    shuffle: Annotated[
+        bool,
+        Field(description="A new order each epoch, keyed by --seed. BaseRandomBatchSampler: true by itself."),
+    ] = False
+    drop_last: Annotated[
+        bool,
+        NoEffect("batches are always full: one goes on into the next epoch"),
+        Field(description="Leave out the last batch of an epoch when it is not full."),
+    ] = False
     pin_memory: Annotated[
         bool, Field(description="Page-locked host memory, for faster copies to a device.")
     ] = False
@@ -43,27 +74,65 @@ class DataloaderConfig(SectionModel):
         int | None, Field(ge=1, description="Batches that each worker prepares ahead.")
     ] = None
     persistent_workers: Annotated[
-        bool, NoEffect("workers always live as long as the job: there is no end of an epoch")
+        bool,
+        NoEffect("workers always live as long as the job: there is no end of an epoch"),
+        Field(description="Keep workers from one epoch to the next."),
     ] = False
-    group_frame: _Bucket = False
-    group_resolution: _Bucket = False
-    group_data: _Bucket = False
+    group_frame: Annotated[_Bucket, Field(description="Batches of clips with as many frames.")] = False
+    group_resolution: Annotated[_Bucket, Field(description="Batches of clips of one resolution.")] = False
+    group_data: Annotated[
+        _Bucket, Field(description="Batches of samples that are alike in size or length.")
+    ] = False
     initial_global_step_for_sampler: Annotated[
-        int, Only(0, reason="the position in the data comes with the checkpoint (--load)")
+        int,
+        Only(0, reason="the position in the data comes with the checkpoint (--load)"),
+        Field(description="Step at which the order begins."),
     ] = 0
     data_sharding: Annotated[
-        bool, NoEffect("each rank always reads its own samples only", quiet_for=(False,))
+        bool,
+        NoEffect("each rank always reads its own samples only", quiet_for=(False,)),
+        Field(description="Give each rank a part of the dataset for good."),
     ] = False
-    priority_mode: Annotated[str | None, NoEffect("it orders buckets, which are not used")] = None
-    collate_param: Annotated[dict[str, Any] | None, NoEffect("the dataset brings its own collation")] = None
-    batch_size: Annotated[int | None, NoEffect(f"{_FLAGS}: --micro-batch-size")] = None
-    num_workers: Annotated[int | None, NoEffect(f"{_FLAGS}: --num-workers")] = None
-    seed: Annotated[int | None, NoEffect(f"{_FLAGS}: --seed")] = None
+    priority_mode: Annotated[
+        str | None,
+        NoEffect("it orders buckets, which are not used"),
+        Field(description="Which buckets come first."),
+    ] = None
+    collate_param: Annotated[
+        CollateConfig | None,
+        NoEffect("the dataset brings its own collation"),
+        Field(description="How samples are stacked to a batch."),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        NoEffect(f"{_FLAGS}: --micro-batch-size"),
+        Field(description="Samples of a micro batch of one rank."),
+    ] = None
+    num_workers: Annotated[
+        int | None, NoEffect(f"{_FLAGS}: --num-workers"), Field(description="Processes that prepare batches.")
+    ] = None
+    seed: Annotated[
+        int | None, NoEffect(f"{_FLAGS}: --seed"), Field(description="Of the order of samples.")
+    ] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _random_order(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("sampler_type") == _RANDOM and "shuffle" not in data:
+            return {**data, "shuffle": True}
+        return data
 
     @model_validator(mode="after")
     def _order(self) -> Self:
         if self.shuffle and self.sampler_type == "SequentialSampler":
             raise invalid("shuffle", "a SequentialSampler does not shuffle; use stateful_distributed_sampler")
+        if self.sampler_type == _RANDOM:
+            if not self.shuffle:
+                raise invalid(
+                    "shuffle", f"a {_RANDOM} draws at random; use SequentialSampler to keep the order"
+                )
+            if "drop_last" in self.model_fields_set and not self.drop_last:
+                raise invalid("drop_last", f"a {_RANDOM} always drops the last batch; set it to true")
         return self
 
 
@@ -71,4 +140,6 @@ class DataConfig(SectionModel):
     """The top level of `data.json`. `dataset_param` is checked by the config class of its `dataset_type`."""
 
     dataset_param: Annotated[dict[str, Any], Field(description="The dataset; `dataset_type` is its id.")]
-    dataloader_param: DataloaderConfig = Field(default_factory=DataloaderConfig)
+    dataloader_param: Annotated[
+        DataloaderConfig, Field(description="How batches are drawn from the dataset.")
+    ] = Field(default_factory=DataloaderConfig)

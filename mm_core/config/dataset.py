@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from mm_core.config.keys import NoEffect, Only
+from mm_core.config.keys import NoEffect, NotYet, Only
 from mm_core.config.section import SectionModel, invalid
 from mm_core.config.text import TextMethods, method_names
 from mm_core.config.tokenizer import TokenizerConfig
@@ -30,18 +30,30 @@ class BasicParameters(SectionModel):
     data_folder: Annotated[
         str | None,
         Only(None, reason="name the folder in the data list, a line `folder,annotation.json` (combine)"),
+        Field(description="Folder of the videos."),
     ] = None
     data_storage_mode: Annotated[
         Literal["standard", "combine", "sorafeatured", "vace"] | None,
-        Only(None, "standard", "combine", reason="stored features and VACE conditions cannot be read yet"),
+        NotYet(None, "standard", "combine", reason="stored features and VACE conditions cannot be read yet"),
         Field(
-            description="combine: data_path is a data list. standard: it is an annotation file. "
-            "Default: by its ending."
+            description="`combine`: data_path is a data list. `standard`: it is an annotation file. "
+            "`sorafeatured`: samples are stored features. `vace`: videos with VACE's conditions. "
+            "Default: by the ending of data_path."
         ),
     ] = None
-    return_type: Annotated[str | None, NoEffect("samples are always dicts of tensors")] = None
-    reserved_keys: Annotated[list[str] | None, NoEffect("other keys of the annotations are not used")] = None
-    use_multiprocess: Annotated[bool, NoEffect("annotations are read once", quiet_for=(False,))] = False
+    return_type: Annotated[
+        str | None, NoEffect("samples are always dicts of tensors"), Field(description="Kind of a sample.")
+    ] = None
+    reserved_keys: Annotated[
+        list[str] | None,
+        NoEffect("other keys of the annotations are not used"),
+        Field(description="Keys of the annotations that samples keep."),
+    ] = None
+    use_multiprocess: Annotated[
+        bool,
+        NoEffect("annotations are read once", quiet_for=(False,)),
+        Field(description="Read annotations with several processes."),
+    ] = False
 
     @model_validator(mode="after")
     def _mode(self) -> Self:
@@ -58,9 +70,19 @@ class BasicParameters(SectionModel):
 class TrainPipeline(SectionModel):
     """`train_pipeline`: the transforms of a clip, in order."""
 
-    video: Annotated[list[TransformConfig], Field(min_length=1)]
-    first_frame_vae: Annotated[list[dict[str, Any]] | None, NoEffect(_FIRST_FRAME)] = None
-    first_frame_clip: Annotated[list[dict[str, Any]] | None, NoEffect(_FIRST_FRAME)] = None
+    video: Annotated[
+        list[TransformConfig], Field(min_length=1, description="What every clip goes through, in order.")
+    ]
+    first_frame_vae: Annotated[
+        list[TransformConfig] | None,
+        NoEffect(_FIRST_FRAME),
+        Field(description="What the first frame goes through for the autoencoder."),
+    ] = None
+    first_frame_clip: Annotated[
+        list[dict[str, Any]] | None,
+        NoEffect(_FIRST_FRAME),
+        Field(description="What the first frame goes through for CLIP."),
+    ] = None
 
 
 class PreprocessParameters(SectionModel):
@@ -76,17 +98,26 @@ class PreprocessParameters(SectionModel):
             "OpensoraplanVideoProcessor",
             reason="other processors belong to models that are not available yet",
         ),
+        Field(description="How videos become clips."),
     ] = "OpensoraplanVideoProcessor"
     video_reader_type: Annotated[
-        Literal["DecordVideo", "TorchvisionVideo", "AvVideo"], NoEffect(_READERS, quiet_for=("AvVideo",))
+        Literal["DecordVideo", "TorchvisionVideo", "AvVideo"],
+        NoEffect(_READERS, quiet_for=("AvVideo",)),
+        Field(description="Library that decodes videos."),
     ] = "AvVideo"
-    image_reader_type: Annotated[str | None, NoEffect("only videos are read", quiet_for=("Image", None))] = (
-        None
-    )
-    image_processer_type: Annotated[str | None, NoEffect("only videos are read")] = None
-    use_aesthetic: Annotated[bool, Only(False, reason="captions are not extended by aesthetic scores")] = (
-        False
-    )
+    image_reader_type: Annotated[
+        str | None,
+        NoEffect("only videos are read", quiet_for=("Image", None)),
+        Field(description="Library that decodes images."),
+    ] = None
+    image_processer_type: Annotated[
+        str | None, NoEffect("only videos are read"), Field(description="How images become samples.")
+    ] = None
+    use_aesthetic: Annotated[
+        bool,
+        Only(False, reason="captions are not extended by aesthetic scores"),
+        Field(description="Write aesthetic scores into captions."),
+    ] = False
 
     num_frames: Annotated[int, Field(ge=1, le=100_000, description="Frames of a clip.")] = 16
     min_num_frames: Annotated[
@@ -133,9 +164,11 @@ class PreprocessParameters(SectionModel):
             "without force_resolution); 0: 1.5.",
         ),
     ] = 1.5
-    truncate_t_by_sp: Annotated[bool, NoEffect("sequences are not split over ranks", quiet_for=(False,))] = (
-        False
-    )
+    truncate_t_by_sp: Annotated[
+        bool,
+        NoEffect("sequences are not split over ranks", quiet_for=(False,)),
+        Field(description="Cut clips to a length that divides among the ranks of one sequence."),
+    ] = False
     vae_scale_factor: Annotated[
         tuple[PositiveInt, PositiveInt, PositiveInt],
         Field(
@@ -143,8 +176,14 @@ class PreprocessParameters(SectionModel):
             "are cut to 1 + n × time."
         ),
     ] = (4, 8, 8)
-    train_sp_batch_size: Annotated[int, NoEffect("sequences are not split over ranks", quiet_for=(1,))] = 1
-    seed: Annotated[int | None, NoEffect("the command line decides: --seed")] = None
+    train_sp_batch_size: Annotated[
+        int,
+        NoEffect("sequences are not split over ranks", quiet_for=(1,)),
+        Field(description="Samples that the ranks of one sequence share."),
+    ] = 1
+    seed: Annotated[
+        int | None, NoEffect("the command line decides: --seed"), Field(description="Of random choices.")
+    ] = None
     cfg: Annotated[
         float,
         Field(ge=0, le=1, description="Probability of an empty caption, for classifier-free guidance."),
@@ -172,24 +211,40 @@ class T2VDatasetConfig(SectionModel):
     or several).
     """
 
-    dataset_type: str = "t2v"
-    basic_parameters: BasicParameters
-    preprocess_parameters: PreprocessParameters = Field(default_factory=PreprocessParameters)
+    dataset_type: Annotated[str, Field(description="Id of the dataset.")] = "t2v"
+    basic_parameters: Annotated[BasicParameters, Field(description="Where the samples are.")]
+    preprocess_parameters: Annotated[
+        PreprocessParameters, Field(description="How a video becomes a clip.")
+    ] = Field(default_factory=PreprocessParameters)
     use_text_processer: Annotated[
-        bool, Only(True, reason="a model that is trained on captions needs their tokens")
+        bool,
+        Only(True, reason="a model that is trained on captions needs their tokens"),
+        Field(description="Turn captions into tokens."),
     ] = True
     enable_text_preprocessing: Annotated[bool, Field(description="Apply text_preprocess_methods.")] = True
     text_preprocess_methods: Annotated[
         TextMethods, Field(description="How captions are cleaned, in order.")
     ] = Field(default_factory=list)
     use_clean_caption: Annotated[
-        bool, Only(False, reason="it rewrites captions by rules for web text; clean the annotations instead")
+        bool,
+        Only(False, reason="it rewrites captions by rules for web text; clean the annotations instead"),
+        Field(description="Rewrite captions by rules for web text."),
     ] = False
-    support_chinese: Annotated[bool, NoEffect("no characters are taken out of captions")] = False
-    tokenizer_config: TokenizerConfig
-    vid_img_fusion_by_splicing: Annotated[bool, Only(False, reason=_SPLICING)] = False
-    use_img_num: Annotated[int, Only(0, reason=_SPLICING)] = 0
-    use_img_from_vid: Annotated[bool, NoEffect(_SPLICING)] = False
+    support_chinese: Annotated[
+        bool,
+        NoEffect("no characters are taken out of captions"),
+        Field(description="Keep Chinese characters in captions."),
+    ] = False
+    tokenizer_config: Annotated[TokenizerConfig, Field(description="The tokenizer of the captions.")]
+    vid_img_fusion_by_splicing: Annotated[
+        bool, Only(False, reason=_SPLICING), Field(description="Append images to videos.")
+    ] = False
+    use_img_num: Annotated[
+        int, Only(0, reason=_SPLICING), Field(description="Images that are appended to a video.")
+    ] = 0
+    use_img_from_vid: Annotated[
+        bool, NoEffect(_SPLICING), Field(description="Take those images from the video itself.")
+    ] = False
     max_bad_samples: Annotated[
         Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)],
         Field(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mm_core.config.findings import ConfigError, Finding, closest, show
-from mm_core.config.origin import DEFAULT, KeyPath, Origin
+from mm_core.config.findings import ConfigError, Finding, clip, closest, show
+from mm_core.config.origin import DEFAULT, KeyPath, Origin, dotted
 
 #: Larger files are no configuration; reading them would only hide the mistake of naming, say, a weights file.
 MAX_BYTES = 8 * 1024 * 1024
 #: Nesting beyond this is an attack or a generator gone wrong, and would overflow the parsers' stacks.
 MAX_DEPTH = 64
+#: The largest job that we know has some 300 values; a list of files or samples belongs into a data file.
+MAX_VALUES = 100_000
 EXTENSIONS = (".json", ".yaml", ".yml")
 
 
@@ -67,14 +71,42 @@ class Document:
             return False
         return True
 
+    def section(self, path: KeyPath) -> Document:
+        """Return the object at `path` as a document of its own: the same file and places, paths from there.
+
+        Raises:
+            KeyError: there is no object at `path`.
+        """
+        data = self.value(path)
+        if not isinstance(data, dict):
+            raise KeyError(path)
+        size = len(path)
+        inside = (
+            {key[size:]: place for key, place in places.items() if key[:size] == path}
+            for places in (self.origins, self.keys)
+        )
+        return Document(self.path, copy.deepcopy(data), *inside)
+
+    def grafted(self, path: KeyPath, source: Document, at: KeyPath) -> Document:
+        """Return a copy in which `path` has what `source` has at `at`, places included."""
+        result = self.replaced(path, source.value(at), source.origin(at))
+        origins, keys = dict(result.origins), dict(result.keys)
+        size = len(at)
+        for places, target in ((source.origins, origins), (source.keys, keys)):
+            target.update({(*path, *key[size:]): place for key, place in places.items() if key[:size] == at})
+        return Document(result.path, result.data, origins, keys)
+
     def replaced(self, path: KeyPath, value: Any, origin: Origin) -> Document:
         """Return a copy in which `path` has `value`, written by `origin`. Missing objects on the way are
-        made.
+        made, by `origin` too.
         """
         data = copy.deepcopy(self.data)
         node: Any = data
-        for part in path[:-1]:
+        made: list[KeyPath] = []
+        for length, part in enumerate(path[:-1], 1):
             if isinstance(node, dict):
+                if part not in node:
+                    made.append(path[:length])
                 node = node.setdefault(str(part), {})
             elif isinstance(node, list) and isinstance(part, int) and part < len(node):
                 node = node[part]
@@ -84,7 +116,8 @@ class Document:
         below = len(path)
         origins = {key: place for key, place in self.origins.items() if key[:below] != path}
         keys = {key: place for key, place in self.keys.items() if key[:below] != path}
-        origins[path] = keys[path] = origin
+        for place in (*made, path):
+            origins[place] = keys[place] = origin
         return Document(self.path, data, origins, keys)
 
 
@@ -101,6 +134,12 @@ def syntax_error(
 ) -> ConfigError:
     """Return the error of a file that cannot be read at all."""
     return ConfigError([Finding("error", "syntax", message, path, line, column, "", suggestion)])
+
+
+def too_many_values(path: str, line: int | None, column: int | None) -> ConfigError:
+    """Return the error of a file with more than MAX_VALUES values; the place is that of the first too many."""
+    text = f"the file holds more than {MAX_VALUES} values"
+    return syntax_error(path, text, line, column, "Name a file that holds them instead")
 
 
 def read_document(path: str | Path) -> Document:
@@ -120,8 +159,15 @@ def read_document(path: str | Path) -> Document:
         from mm_core.config.yaml_reader import parse_yaml as parse
     document = parse(text, name)
     if not isinstance(document.data, dict):
-        kind = "a list" if isinstance(document.data, list) else show(document.data)
-        raise syntax_error(name, f"the top level is {kind}, expected an object of keys and values", 1, 1)
+        kind = "a list" if isinstance(document.data, list) else "a single value"
+        line, column = document.origin(()).line, document.origin(()).column
+        what = f"the top level is {kind}, expected an object of keys and values"
+        mend = (
+            "Write key: value, with a space after the colon"
+            if kind == "a single value" and ":" in text
+            else ""
+        )
+        raise syntax_error(name, what, line, column, mend)
     return document
 
 
@@ -148,9 +194,11 @@ def _read_text(name: str, file: Path) -> str:
             raise syntax_error(
                 name, f"the file has {file.stat().st_size} bytes; a configuration has at most {MAX_BYTES}"
             )
-        raw = file.read_bytes()
+        raw = _read_bytes(file)
     except OSError as error:
         raise syntax_error(name, f"the file cannot be read: {error.strerror or error}") from error
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise syntax_error(name, "the file is UTF-16 text, expected UTF-8", 1, 1, "Save it as UTF-8")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -163,9 +211,49 @@ def _read_text(name: str, file: Path) -> str:
             column,
             "Save it as UTF-8",
         ) from error
+    if "\0" in text:
+        before = text[: text.index("\0")]
+        line, column = before.count("\n") + 1, len(before.rpartition("\n")[2]) + 1
+        what = "a NUL character: this is UTF-16 text, or no text at all"
+        raise syntax_error(name, what, line, column, "Save it as UTF-8")
     if not text.strip():
         raise syntax_error(name, "the file is empty", 1, 1, "Write at least {}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _read_bytes(file: Path) -> bytes:
+    """Read a file that is regular still when it is open; one that would make us wait is an error."""
+    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError("it is no regular file")
+        return stream.read(MAX_BYTES + 1)
+
+
+def link_note(name: str, origin: Origin | None = None, path: KeyPath = ()) -> Finding | None:
+    """Return a note if a file or folder that the user names is a symbolic link, telling where it leads; else None.
+
+    Links are followed, but what is read then is not what was named: somebody else may have put it there.
+
+    Args:
+        origin, path: where the name is written, if that is in a file.
+    """
+    place = expanded(name)
+    try:
+        if not place.is_symlink():
+            return None
+        target = os.path.realpath(place)
+    except (OSError, ValueError):
+        return None  # whoever opens it says what is wrong
+    if origin is None:
+        return Finding("note", "symlink", f"this is a symbolic link; what is read is {clip(target)}", name)
+    text = f'{dotted(path)} is "{clip(name)}": a symbolic link; what is read is {clip(target)}'
+    return Finding.at(origin, "note", "symlink", text, path=path)
+
+
+def link_notes(*names: str | None) -> tuple[Finding, ...]:
+    """Return the notes of those of the files that are symbolic links; None is no file."""
+    notes = (link_note(name) for name in dict.fromkeys(names) if name)
+    return tuple(note for note in notes if note is not None)
 
 
 def _files_inside(folder: Path) -> str:
@@ -194,7 +282,9 @@ def closest_path(name: str) -> str:
     """
     path = expanded(name)
     wanted, folder = path.name, path.parent
-    while not folder.exists() and folder != folder.parent:
+    while (
+        not os.path.exists(folder) and folder != folder.parent
+    ):  # which a name that is too long cannot upset
         wanted, folder = folder.name, folder.parent
     if not folder.is_dir():
         return f"{folder} is a file, not a folder" if folder.is_file() else ""
@@ -209,4 +299,4 @@ def closest_path(name: str) -> str:
         # The folder is right and nothing in it looks alike: the working directory is often the surprise.
         shown = Path.cwd() if str(folder) == "." else folder
         return f"Nothing in {shown} has a similar name"
-    return f"The folder {folder / wanted} does not exist"
+    return f"The folder {clip(str(folder / wanted))} does not exist"

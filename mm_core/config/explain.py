@@ -7,34 +7,34 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from pydantic import BaseModel
-
 from mm_core.config import generation_job as generation
 from mm_core.config import job as training
 from mm_core.config.assemble import Assembly
-from mm_core.config.component import ComponentConfig
 from mm_core.config.document import Document, read_document
 from mm_core.config.file_check import check_file
-from mm_core.config.findings import ConfigError, Finding, clip, has_errors, sort_findings
+from mm_core.config.findings import (
+    ConfigError,
+    Finding,
+    clip,
+    has_errors,
+    sort_findings,
+    unavailable_is_error,
+)
+from mm_core.config.flag_parsing import read_command_line
 from mm_core.config.flag_table import AcceptedFlags, RefusedFlags
 from mm_core.config.flags import TrainFlags
-from mm_core.config.kinds import CLASSES, Kind, detect_kind, unsupported, without_schema
-from mm_core.config.origin import DEFAULT, KeyPath, Origin, dotted
+from mm_core.config.job_file import from_document
+from mm_core.config.kinds import CLASSES, JOB_KINDS, Kind, detect_kind, without_schema
+from mm_core.config.origin import KeyPath, Origin, dotted
+from mm_core.config.overrides import FLAG_OF
 from mm_core.config.overwrite import Overwrite
-from mm_core.config.resolved import leaves
-from mm_core.config.section import legacy_keys, walk_sections
+from mm_core.config.resolved import LegacyPaths, leaves, legacy_paths, written_at
 from mm_registry import PluginManager, default_manager
 from mm_registry.suggestions import closest
 
-_FLAG_OF = {
-    Kind.MODEL: "mm_model",
-    Kind.DATA: "mm_data",
-    Kind.TOOLS: "mm_tool",
-    Kind.FSDP2: "fsdp2_config_path",
-}
 _NAMES = {"model": Kind.MODEL, "data": Kind.DATA, "tools": Kind.TOOLS, "fsdp2": Kind.FSDP2}
+_FLAG_OF = {kind: FLAG_OF[name] for name, kind in _NAMES.items()}
 _IDLE_FLAGS = {*AcceptedFlags.model_fields, *RefusedFlags.model_fields}
-_Legacy = dict[KeyPath, KeyPath]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def explain_flags(flags: TrainFlags, *, manager: PluginManager | None = None) ->
 
 
 def explain_files(paths: Sequence[str], *, manager: PluginManager | None = None) -> tuple[Explained, ...]:
-    """Explain files by themselves: those of one training job, at most one of each kind, or one inference file.
+    """Explain files by themselves: those of one training job, at most one of each kind, or one inference file, or one
+    job file, with its flags.
 
     Raises:
         ConfigError: with all findings, if there is an error among them.
@@ -85,16 +86,17 @@ def explain_files(paths: Sequence[str], *, manager: PluginManager | None = None)
     for path in paths:
         document = without_schema(read_document(path))
         kind = detect_kind(document)
-        if kind is None or unsupported(document, kind) is not None:
-            raise ConfigError(check_file(path, manager=manager))
-        other = kinds.get(kind) or (
-            next(iter(kinds.values()), None) if Kind.INFERENCE in (kind, *kinds) else None
-        )
+        if kind is None or kind is Kind.TRANSFORMERS:  # nothing of it is resolved yet
+            raise ConfigError(unavailable_is_error(check_file(path, manager=manager)))
+        alone = {Kind.INFERENCE, *JOB_KINDS} & {kind, *kinds}
+        other = kinds.get(kind) or (next(iter(kinds.values()), None) if alone else None)
         if other is not None:
             text = f"it cannot be explained together with {other}"
-            mend = "Name files of one training job, one of each kind, or one inference file"
+            mend = "Name files of one training job, one of each kind, or one job file, or one inference file"
             raise ConfigError([Finding("error", "too-many-files", text, path, suggestion=mend)])
         kinds[kind] = path
+        if kind in JOB_KINDS and len(paths) == 1:
+            return tuple(_job_file(document, manager))
     if Kind.INFERENCE in kinds:
         return tuple(_generation(kinds[Kind.INFERENCE], manager))
     flags = TrainFlags.model_validate({_FLAG_OF[kind]: path for kind, path in kinds.items()})
@@ -138,10 +140,17 @@ def _words(path: str) -> list[str]:
 # A job from the same draft as `mm check` makes: what that accepts can be explained.
 
 
+def _job_file(document: Document, manager: PluginManager) -> Iterator[Explained]:
+    flags, findings = read_command_line((), from_document(document))
+    if has_errors(findings):
+        raise ConfigError(check_file(document.path, manager=manager))
+    return _training(flags, manager, with_flags=True)
+
+
 def _training(flags: TrainFlags, manager: PluginManager, *, with_flags: bool) -> Iterator[Explained]:
     assembly = Assembly(manager)
     draft = assembly.attempt(lambda: training.draft_training_job(flags, assembly, to_run=False))
-    if draft is None or has_errors(assembly.findings):
+    if draft is None or _in_the_way(assembly.findings):
         raise ConfigError(sort_findings(assembly.findings, training.file_order(flags)))
     job = training.TrainingJob(
         cast(Any, draft.model), cast(Any, draft.data), cast(Any, draft.tools), cast(Any, draft.fsdp2),
@@ -149,17 +158,14 @@ def _training(flags: TrainFlags, manager: PluginManager, *, with_flags: bool) ->
         draft.documents,
     )  # fmt: skip
     resolved = job.resolved()
-    files = {
-        "model": flags.mm_model, "data": flags.mm_data, "tools": flags.mm_tool, "fsdp2": flags.fsdp2_config_path,
-    }  # fmt: skip
     for name, kind in _NAMES.items():
         # Without a file there are defaults, which belong to a job but not to the files of `explain_files`.
-        if resolved["values"][name] is None or (files[name] is None and not with_flags):
+        if resolved["values"][name] is None or (flags.source(name) is None and not with_flags):
             continue
         own = [c for c in job.components.values() if (c.role == "dataset") == (name == "data")]
         overwrites = [o for o in job.overwrites if _words(o.path)[0] in resolved["values"][name]]
         document = job.documents[name]
-        legacy = _legacy(CLASSES[kind], own, document)
+        legacy = legacy_paths(CLASSES[kind], own, document)
         yield from _explain(name, resolved["values"][name], document, overwrites, legacy)
     if with_flags:
         for flag, value in {**resolved["values"]["flags"], **resolved["launch"]}.items():
@@ -168,30 +174,32 @@ def _training(flags: TrainFlags, manager: PluginManager, *, with_flags: bool) ->
             yield Explained(f"flags.{flag}", value, job.flags.origin(flag))
 
 
+def _in_the_way(findings: Iterable[Finding]) -> bool:
+    """Whether values cannot be explained; a path that is not there is a value all the same."""
+    return has_errors(finding for finding in findings if finding.code != "missing-path")
+
+
 def _generation(path: str, manager: PluginManager) -> Iterator[Explained]:
     assembly = Assembly(manager)
     document = without_schema(read_document(path))
     draft = assembly.attempt(lambda: generation.draft_generation_job(document, assembly, to_run=False))
-    if draft is None or draft.model is None or has_errors(assembly.findings):
+    if draft is None or draft.model is None or _in_the_way(assembly.findings):
         raise ConfigError(sort_findings(assembly.findings))
     job = generation.GenerationJob(
         draft.model, draft.components, draft.prompts, draft.model.tokenizer, draft.model.load, (), (),
         assembly.hooks, tuple(assembly.overwrites), draft.document,
     )  # fmt: skip
-    legacy = _legacy(CLASSES[Kind.INFERENCE], job.components.values(), job.document)
+    legacy = legacy_paths(CLASSES[Kind.INFERENCE], job.components.values(), job.document)
     yield from _explain("model", job.resolved()["values"], job.document, job.overwrites, legacy)
 
 
 def _explain(
-    name: str, values: Any, document: Document, overwrites: Sequence[Overwrite], legacy: _Legacy
+    name: str, values: Any, document: Document, overwrites: Sequence[Overwrite], legacy: LegacyPaths
 ) -> Iterator[Explained]:
     for path, value in _fields(values):
-        old = legacy.get(path)
         if path in legacy.values():
             continue  # its value is told at the newer spelling
-        moved = old is not None and document.has(old) and document.value(old) is not None
-        written = old if moved and old is not None else path
-        origin = document.origin(written) if document.has(written) else DEFAULT
+        origin = written_at(path, document, legacy)
         made = tuple(overwrite for overwrite in overwrites if _concerns(_words(overwrite.path), path))
         yield Explained(dotted((name, *path)), value, origin, made)
 
@@ -219,16 +227,3 @@ def _concerns(changed: Sequence[str], path: KeyPath) -> bool:
     own = [str(part) for part in path]
     length = min(len(changed), len(own))
     return list(changed[:length]) == own[:length]
-
-
-def _legacy(top: type[BaseModel], components: Iterable[ComponentConfig], document: Document) -> _Legacy:
-    """New spelling -> old one, for every section of a file."""
-    roots: list[tuple[type[BaseModel], KeyPath]] = [(top, ())]
-    roots += [(type(c.config), c.path) for c in components if c.config is not None]
-    found: _Legacy = {}
-    for cls, root in roots:
-        data = document.value(root) if document.has(root) else {}
-        for section, _, path in walk_sections(cls, data, root):
-            for old, new in legacy_keys(section).items():
-                found[(*path, new)] = (*path, old)
-    return found

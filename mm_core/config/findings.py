@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from mm_core.config.origin import KeyPath, Origin, dotted
+from mm_core.config.secrets import hide, without_secrets
 from mm_registry import suggestions
 from mm_registry.errors import UserError
 from mm_registry.words import visible
 
 Level = Literal["error", "warning", "note"]
+#: Code of what is right in a file and what this version cannot do yet.
+NOT_AVAILABLE = "not-available"
 _SHOWN_CHARACTERS = 100
 
 
@@ -69,7 +72,8 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the eight fields, JSON-able."""
-        return asdict(self)
+        fields = asdict(self)
+        return {**fields, "message": hide(self.message), "suggestion": hide(self.suggestion)}
 
     @property
     def text(self) -> str:
@@ -78,7 +82,7 @@ class Finding:
 
     def __str__(self) -> str:
         where = f"{self.where} " if self.where else ""
-        return visible(f"{where}{self.level}: {self.text}")  # a value in it may hold escape codes
+        return _line(f"{where}{self.level}: {self.text}")
 
 
 class ConfigError(UserError):
@@ -87,7 +91,7 @@ class ConfigError(UserError):
     def __init__(self, findings: Iterable[Finding]) -> None:
         self.findings: tuple[Finding, ...] = sort_findings(findings)
         errors = [finding for finding in self.findings if finding.level == "error"]
-        lines = [f"{finding.where}: {finding.text}" if finding.where else finding.text for finding in errors]
+        lines = [_line(f"{error.where}: {error.text}" if error.where else error.text) for error in errors]
         if len(errors) > 1:
             lines.insert(0, f"{len(errors)} errors in the configuration:")
         super().__init__("\n".join(lines))
@@ -97,6 +101,15 @@ def has_errors(findings: Iterable[Finding]) -> bool:
     return any(finding.level == "error" for finding in findings)
 
 
+def unavailable_is_error(findings: Iterable[Finding]) -> list[Finding]:
+    """Return the findings of a job: what this version cannot do is an error there, whereas a file that asks for it
+    is right by itself. So nothing runs as something else than it says.
+    """
+    return [
+        replace(finding, level="error") if finding.code == NOT_AVAILABLE else finding for finding in findings
+    ]
+
+
 def sort_findings(findings: Iterable[Finding], order: Sequence[str | None] = ()) -> tuple[Finding, ...]:
     """Return the findings once each, by file (those of `order` first, then as they appear), then by place."""
     unique = list(dict.fromkeys(findings))
@@ -104,8 +117,18 @@ def sort_findings(findings: Iterable[Finding], order: Sequence[str | None] = ())
     return tuple(sorted(unique, key=lambda f: (files.index(f.file), f.line or 0, f.column or 0)))
 
 
-def show(value: Any) -> str:
-    """Return a value as it would stand in JSON, shortened."""
+def _line(text: str) -> str:
+    """Return a text as one line that a terminal can be given: a key or a value in it may hold line feeds and
+    escape codes.
+    """
+    return hide(visible(text).replace("\n", "\\n"))
+
+
+def show(value: Any, path: Iterable[str | int] = ()) -> str:
+    """Return a value as it would stand in JSON, shortened; `***` for secrets in it, and for all of it if `path`,
+    where it stands, is secret.
+    """
+    value = without_secrets(value, path)
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
@@ -122,6 +145,18 @@ def closest(name: str, options: Iterable[str]) -> str | None:
     """Return the option that `name` is most likely a misspelling of, or None."""
     near = suggestions.closest(name, options, 1)
     return near[0] if near else None
+
+
+def misspelt(name: str, keys: Iterable[object]) -> str | None:
+    """Return which of the keys that are written is `name` with a slip of the pen, or None. It takes more likeness than
+    a suggestion does: `model_type` is no misspelt `model_id`.
+    """
+    import difflib
+
+    near = closest(name, [key for key in keys if isinstance(key, str) and key != name])
+    if near is None or difflib.SequenceMatcher(None, near.casefold(), name.casefold()).ratio() < 0.85:
+        return None
+    return near
 
 
 def did_you_mean(name: str, options: Sequence[str], *, what: str = "key") -> str:

@@ -1,26 +1,18 @@
-"""The command line of `mm train`: parsing, checking, help."""
+"""The flags of a training job, and how they fit together."""
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import re
-import textwrap
-import typing
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from pydantic import PrivateAttr
-from pydantic.fields import FieldInfo
 
 from mm_core.config import flag_table as table
 from mm_core.config.document import Document
-from mm_core.config.findings import ConfigError, Finding, clip, closest, has_errors
-from mm_core.config.keys import NoEffect, Only
-from mm_core.config.origin import Origin
-from mm_core.config.section import check_section, markers
-
-_WHOLE = re.compile(r"[+-]?\d+\Z")
+from mm_core.config.environment import read
+from mm_core.config.findings import ConfigError, Finding
+from mm_core.config.flag_help import flag_name, metavar
+from mm_core.config.origin import DEFAULT, Origin
+from mm_core.config.overrides import FLAG_OF, Override
 
 
 class TrainFlags(
@@ -33,17 +25,48 @@ class TrainFlags(
     table.LaunchFlags,
     table.LogFlags,
     table.AcceptedFlags,
+    table.UnavailableFlags,
     table.RefusedFlags,
 ):
     """Every flag of a training job, typed. `given` tells which were written; `model_fields_set` as well."""
 
     _given: dict[str, str] = PrivateAttr(default_factory=dict)
     _findings: tuple[Finding, ...] = PrivateAttr(default=())
+    _origins: dict[str, Origin] = PrivateAttr(default_factory=dict)
+    _job_file: str | None = PrivateAttr(default=None)
+    _sections: dict[str, Document] = PrivateAttr(default_factory=dict)
+    _plugins: Document | None = PrivateAttr(default=None)
+    _overrides: tuple[Override, ...] = PrivateAttr(default=())
 
     @property
     def given(self) -> Mapping[str, str]:
-        """Attribute -> flag as the user spelt it."""
+        """Attribute -> flag as the user spelt it, `gpt_args.lr` if the job file has it."""
         return self._given
+
+    @property
+    def job_file(self) -> str | None:
+        """The job file, as the user named it."""
+        return self._job_file
+
+    @property
+    def sections(self) -> Mapping[str, Document]:
+        """The sections that are written in the job file: `model`, `data`, `tools`, `fsdp2`."""
+        return self._sections
+
+    @property
+    def plugins(self) -> Document | None:
+        """The job file, if it has the key `plugins`, which goes to the model section."""
+        return self._plugins
+
+    @property
+    def overrides(self) -> tuple[Override, ...]:
+        """The `key.path=value` of the command line that are about sections."""
+        return self._overrides
+
+    def source(self, section: str) -> str | None:
+        """Return the file that has a section: the one that its flag names, or the job file; None if none has."""
+        named: str | None = getattr(self, FLAG_OF[section])
+        return named if named is not None or section not in self._sections else self._job_file
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -95,153 +118,28 @@ class TrainFlags(
 
     def origin(self, name: str) -> Origin:
         """Return where the value of an attribute comes from."""
-        return (
-            Origin("flag", detail=self.spelling(name)) if name in self.model_fields_set else Origin("default")
-        )
+        if name not in self.model_fields_set:
+            return DEFAULT
+        return self._origins.get(name) or Origin("flag", detail=self.spelling(name))
 
     def finding(self, name: str, code: str, message: str, suggestion: str = "") -> Finding:
         """Return an error about one flag."""
-        flag = self.spelling(name)
-        return Finding("error", code, message, path=flag, suggestion=suggestion)
+        flag, origin = self.spelling(name), self.origin(name)
+        if origin.kind == "file":  # the place does not say which flag it is
+            message = f"{name}: {message}"
+        return Finding.at(origin, "error", code, message, path=flag, suggestion=suggestion)
 
 
-def flag_name(attribute: str) -> str:
-    """`micro_batch_size` is `--micro-batch-size`."""
-    return "--" + attribute.replace("_", "-")
-
-
-def world_size(flags: TrainFlags, environ: Mapping[str, str] = os.environ) -> int:
+def world_size(flags: TrainFlags, environ: Mapping[str, str] | None = None) -> int:
     """Return the number of ranks of the job: a launcher's `WORLD_SIZE`, else what the flags ask for."""
-    launched = environ.get("WORLD_SIZE", "")
-    if "RANK" in environ and launched.isdigit() and int(launched) > 0:
+    launched = read("WORLD_SIZE", environ) or ""
+    if read("RANK", environ) is not None and launched.isdigit() and int(launched) > 0:
         return int(launched)
     return (flags.nproc_per_node or 1) * (flags.nnodes or 1)
 
 
-def parse_train_flags(argv: Sequence[str]) -> TrainFlags:
-    """Read a command line: `--flag value`, `--flag=value`, `_` or `-`; no abbreviations. A flag given
-    twice: the last one counts.
-
-    Raises:
-        ConfigError: everything that is wrong with the flags, each with a suggestion.
-    """
-    values, given, findings = _split(argv)
-    document = Document("", values, {(name,): Origin("flag", detail=flag) for name, flag in given.items()})
-    checked = check_section(TrainFlags, document, label="the command line")
-    findings += [_about_flag(finding, given) for finding in checked.findings]
-    if checked.section is not None:
-        checked.section._given = given
-        findings += _cross_checks(checked.section)
-    if checked.section is None or has_errors(findings):
-        raise ConfigError(findings)
-    checked.section._findings = tuple(findings)
-    return checked.section
-
-
-def _split(argv: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], list[Finding]]:
-    values: dict[str, Any] = {}
-    given: dict[str, str] = {}
-    findings: list[Finding] = []
-    rest = list(argv)
-    previous = ""
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or word == "--":
-            findings.append(_stray(word, previous))
-            continue
-        flag, equals, text = word.partition("=")
-        name = flag[2:].replace("-", "_")
-        field = TrainFlags.model_fields.get(name)
-        previous = flag
-        if field is None:
-            findings.append(_unknown(flag))
-            while rest and not _is_flag(rest[0]):
-                rest.pop(0)  # its value is no mistake of its own
-            continue
-        kind = _kind(field)
-        texts = [text] if equals else []
-        if not equals and kind is not bool:
-            while rest and not _is_flag(rest[0]) and (kind is list or not texts):
-                texts.append(rest.pop(0))
-        empty = bool(texts) and not any(text.strip() for text in texts)
-        if empty or (not texts and kind is not bool):
-            what = "it needs a value, and the one given is empty" if empty else "a value is missing"
-            mend = f"Write {flag} or {flag}=false" if kind is bool else f"Write {flag} {_metavar(field)}"
-            findings.append(Finding("error", "missing-value", what, path=flag, suggestion=mend))
-            continue
-        if name in given:
-            findings.append(
-                Finding("note", "repeated-flag", "given more than once; the last one counts", path=flag)
-            )
-        given[name] = flag
-        values[name] = _convert(kind, texts)
-    return values, given, findings
-
-
-def _is_flag(word: str) -> bool:
-    return word.startswith("--")
-
-
-def _kind(field: FieldInfo) -> type:
-    """Return bool, int, float, list or str: how a flag's text is read."""
-    annotation = field.annotation
-    names = {annotation, typing.get_origin(annotation), *typing.get_args(annotation)}
-    names |= {typing.get_origin(arg) for arg in typing.get_args(annotation)}
-    return next((kind for kind in (bool, int, float, list) if kind in names), str)
-
-
-def _convert(kind: type, texts: list[str]) -> Any:
-    """Return the value of a flag; text that is no value of the kind stays text, and the check says so."""
-    if kind is bool:
-        return {"": True, "true": True, "false": False}.get(texts[0].lower(), texts[0]) if texts else True
-    if kind is list:
-        return [part for text in texts for part in text.split(",") if part]
-    text = texts[0]
-    if kind is int and _WHOLE.match(text) and len(text) < 30:
-        return int(text)
-    if kind is float:
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    return text
-
-
-def _unknown(flag: str) -> Finding:
-    near = closest(flag, [flag_name(name) for name in TrainFlags.model_fields])
-    mend = f"Did you mean {near}?" if near else "`mm train --help` lists all"
-    return Finding("error", "unknown-flag", "there is no such flag", path=flag, suggestion=mend)
-
-
-def _stray(word: str, previous: str) -> Finding:
-    name = previous[2:].replace("-", "_")
-    field = TrainFlags.model_fields.get(name)
-    if field is not None and _kind(field) is bool:
-        mend = (
-            f"{previous} takes no value"
-            if word.lower() != "false"
-            else f"Leave {previous} out, or write {previous}=false"
-        )
-    else:
-        mend = "Values follow a flag: --flag value"
-    return Finding(
-        "error", "stray-argument", f'unexpected argument "{clip(word)}"', path="command line", suggestion=mend
-    )
-
-
-def _about_flag(finding: Finding, given: Mapping[str, str]) -> Finding:
-    """Say it about a flag rather than about a key of a file."""
-    message, suggestion = finding.message, finding.suggestion
-    for name, flag in given.items():
-        if finding.path == flag:
-            message = message.removeprefix(f'"{name}" ').removeprefix("is ").removeprefix(f'"{name}": ')
-    message = message.removeprefix("true: only false is accepted: ")
-    if "quotes" in suggestion:
-        suggestion = ""
-    return dataclasses.replace(finding, message=message, suggestion=suggestion)
-
-
-def _cross_checks(flags: TrainFlags) -> list[Finding]:
+def check_together(flags: TrainFlags) -> list[Finding]:
+    """Return the errors of flags that do not fit each other."""
     findings = []
     if flags.lr_warmup_fraction is not None and flags.lr_warmup_iters:
         findings.append(
@@ -295,66 +193,14 @@ def required_flags(flags: TrainFlags) -> list[Finding]:
         "train_iters": "how many optimizer steps to train",
         "lr": "the learning rate",
     }
+    inside = f", or write it under gpt_args of {flags.job_file}" if flags.job_file else ""
     return [
         flags.finding(
             name,
             "missing-flag",
             f"it is required: {why}",
-            f"Add {flag_name(name)} {_metavar(TrainFlags.model_fields[name])}",
+            f"Add {flag_name(name)} {metavar(TrainFlags.model_fields[name])}{inside}",
         )
         for name, why in wanted.items()
         if name not in flags.model_fields_set
     ]
-
-
-# -- help
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _metavar(field: FieldInfo) -> str:
-    for annotation in (field.annotation, *typing.get_args(field.annotation)):
-        if typing.get_origin(annotation) is typing.Literal:
-            return "|".join(map(str, typing.get_args(annotation)))
-    return {int: "N", float: "X", list: "A,B", str: "TEXT", bool: ""}[_kind(field)]
-
-
-def train_help(width: int = 110) -> str:
-    """Return the help page of `mm train`."""
-    lines = [
-        "usage: mm train --mm-model FILE --mm-data FILE [--mm-tool FILE] [--fsdp2-config-path FILE] [FLAGS]",
-        "",
-        "Check a job, then build, shard and train it. Underscores are accepted for hyphens, and "
-        "--flag=value.",
-    ]
-    for group in table.GROUPS:
-        lines += ["", f"{(group.__doc__ or '').strip()}:"]
-        compact = []
-        for name, field in group.model_fields.items():
-            only = markers(field, Only)
-            idle = markers(field, NoEffect)
-            if group in (table.AcceptedFlags, table.RefusedFlags):
-                compact.append(flag_name(name))
-                continue
-            if idle:
-                text = f"accepted without effect: {idle[0].reason}"
-            elif only:
-                values = [str(value) for value in only[0].values if value not in (None, False)]
-                text = (
-                    f"only {' or '.join(values)}: {only[0].reason}"
-                    if values
-                    else f"refused: {only[0].reason}"
-                )
-            else:
-                text = field.description or ""
-                if field.default not in (None, False, 0) and "required" not in text:
-                    text += f" (default {field.default})"
-            head = f"  {flag_name(name)} {_metavar(field)}".rstrip()
-            body = textwrap.wrap(text, width - 34)
-            if len(head) > 32:
-                lines.append(head)
-                head = ""
-            lines += [f"{head:<33} {body[0]}", *(" " * 34 + line for line in body[1:])]
-        lines += textwrap.wrap(
-            ", ".join(compact), width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False
-        )
-    return "\n".join(lines) + "\n"

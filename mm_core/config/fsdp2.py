@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from mm_core.config.dtypes import DType
-from mm_core.config.keys import NoEffect, Only
+from mm_core.config.keys import NoEffect, NotYet, Only
 from mm_core.config.patterns import pattern_problem
 from mm_core.config.section import SectionModel
 
@@ -23,15 +23,18 @@ def _well_formed(pattern: str) -> str:
 
 
 Pattern = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_well_formed)]
-_EXPERTS = "expert parallelism is not available yet"
+_EXPERTS = "experts are not distributed over ranks yet"
 
 
 class Fsdp2Config(SectionModel):
-    """FSDP2 settings. A list of patterns that is given replaces the registered sharding policy's; `[]`
+    """How the trained model is sharded by FSDP2. A list of patterns that is given replaces the registered sharding policy's; `[]`
     means none.
 
     A pattern is a dotted module path that starts at the model (`predictor.blocks.{*}`); `{*}` is every
     index, `{0-3,7}` are some.
+
+    MindSpeed-MM's documentation and code disagree about `pin_memory`, `num_to_backward_prefetch` and a `sharding_size`
+    of null; what is done here stands at the key.
     """
 
     sharding_size: Annotated[
@@ -102,19 +105,37 @@ class Fsdp2Config(SectionModel):
     use_reentrant: Annotated[
         bool,
         Field(
-            description="The older form of recomputation. Off (MindSpeed-MM: on): the newer one "
+            description="The older form of recomputation. Off (MindSpeed-MM's documentation and code: on): the newer one "
             "gives the same gradients, and "
             "right ones where the older fails."
         ),
     ] = False
     align_fsdp_param_groups: Annotated[
-        bool, Only(False, reason="aligned parameter groups are not available yet")
+        bool,
+        NotYet(False, reason="parameter groups of linear layers only are not made yet"),
+        Field(
+            description="Give the norms and gates of a model a group of their own, so that the other groups hold "
+            "linear layers only."
+        ),
     ] = False
-    expert_parallel_size: Annotated[int, Only(1, reason=_EXPERTS)] = 1
-    reshard_local_experts: Annotated[bool, NoEffect("there are no experts to shard", quiet_for=(True,))] = (
-        True
-    )
-    moe_modules: Annotated[tuple[Pattern, ...] | None, Only(None, (), reason=_EXPERTS)] = None
+    expert_parallel_size: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        NotYet(1, None, reason=_EXPERTS),
+        Field(
+            description="Ranks that share the experts of one layer; must divide their number. null is 1 "
+            "(MindSpeed-MM stops at null)."
+        ),
+    ] = 1
+    reshard_local_experts: Annotated[
+        bool,
+        NoEffect("there are no experts to shard", quiet_for=(True,)),
+        Field(description="Free gathered experts after the forward pass."),
+    ] = True
+    moe_modules: Annotated[
+        tuple[Pattern, ...] | None,
+        NotYet(None, (), reason=_EXPERTS),
+        Field(description="Modules that hold experts, which expert_parallel_size distributes."),
+    ] = None
 
     def shard_group_size(self, world_size: int) -> int:
         """Return how many ranks share one copy of the parameters, out of `world_size` data-parallel ranks."""

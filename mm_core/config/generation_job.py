@@ -11,14 +11,21 @@ from mm_core.config import cross_checks as cross
 from mm_core.config.assemble import Assembly, used_plugins
 from mm_core.config.component import WITH_WEIGHTS, ComponentConfig
 from mm_core.config.document import Document
-from mm_core.config.findings import ConfigError, Finding, Level, has_errors, sort_findings
+from mm_core.config.findings import (
+    ConfigError,
+    Finding,
+    Level,
+    has_errors,
+    sort_findings,
+    unavailable_is_error,
+)
 from mm_core.config.inference import InferenceConfig
 from mm_core.config.kinds import Kind, read_kind
 from mm_core.config.model import COMPONENT_SECTIONS
 from mm_core.config.origin import KeyPath, Origin, dotted
 from mm_core.config.parts import Part, config_class, find_parts
 from mm_core.config.prompts import read_prompts
-from mm_core.config.resolved import component_values, origins_of, place, plain
+from mm_core.config.resolved import component_values, legacy_paths, origins_of, place, plain
 from mm_core.config.section import check_section
 from mm_core.config.tokenizer import TokenizerConfig
 from mm_registry import PluginManager, RegistryError, default_manager
@@ -71,9 +78,10 @@ class GenerationJob:
                 values["pipeline_config"] = settings
             else:
                 place(values, component.path, component_values(component))
+        legacy = legacy_paths(type(self.model), self.components.values(), self.document)
         return {
             "values": values,
-            "origins": origins_of("model", values, self.document),
+            "origins": origins_of("model", values, self.document, legacy),
             "overwrites": [overwrite.to_dict() for overwrite in self.overwrites],
             "plugins": [{"distribution": name, "version": version} for name, version in self.plugins],
             "findings": [finding.to_dict() for finding in self.findings],
@@ -104,7 +112,7 @@ def load_generation_job(
     assembly = Assembly(manager or default_manager())
     document = read_kind(str(path), Kind.INFERENCE)
     draft = draft_generation_job(_override(document, overrides or {}), assembly, to_run=True)
-    findings = sort_findings(assembly.findings)
+    findings = sort_findings(unavailable_is_error(assembly.findings))
     if has_errors(findings):
         raise ConfigError(findings)
     assert draft.model is not None

@@ -1,20 +1,21 @@
 """`inference_model.json`: what `mm generate` reads."""
 
-from typing import Annotated, Any, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from mm_core.config.dtypes import DType
-from mm_core.config.keys import NoEffect, Only
+from mm_core.config.keys import NoEffect, NotYet, Only
 from mm_core.config.patch import PatchConfig
 from mm_core.config.plugins import Name, PluginsConfig
 from mm_core.config.section import SectionModel, invalid
 from mm_core.config.text import TextMethods, method_names
 from mm_core.config.tokenizer import TokenizerConfig
 
-_CONDITION = "text-to-video has no use for it; image and video conditions are not available yet"
+_CONDITION = "so far videos are made from a text alone"
 _SHORT_FORM = ("basic_clean", "whitespace_clean")
-_Condition: TypeAlias = Annotated[Any, Only(None, reason=_CONDITION)]
+_NotYet = NotYet(None, reason=_CONDITION)
+_Text: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
 class InferenceConfig(SectionModel):
@@ -56,7 +57,9 @@ class InferenceConfig(SectionModel):
         DType | None, Field(description="Number format of components whose section says none.")
     ] = None
     device: Annotated[
-        str, NoEffect("the accelerator at hand is used, and the CPU without one", quiet_for=("auto",))
+        str,
+        NoEffect("the accelerator at hand is used, and the CPU without one", quiet_for=("auto",)),
+        Field(description="Where to compute."),
     ] = "auto"
     pipeline_config: Annotated[
         dict[str, Any], Field(description="Settings of the pipeline, checked by its own config class.")
@@ -68,15 +71,18 @@ class InferenceConfig(SectionModel):
     load: Annotated[
         str | None, Field(min_length=1, description="Run or checkpoint with the predictor's weights.")
     ] = None
-    predictor: dict[str, Any]
+    predictor: Annotated[dict[str, Any], Field(description="The network that denoises.")]
     low_noise_predictor: Annotated[
         str | dict[str, Any] | None,
         Field(description="Second expert: its folder of weights, or a section like predictor's."),
     ] = None
-    ae: dict[str, Any]
-    text_encoder: dict[str, Any] | Annotated[list[dict[str, Any]], Field(min_length=1)]
-    tokenizer: TokenizerConfig
-    diffusion: dict[str, Any]
+    ae: Annotated[dict[str, Any], Field(description="Autoencoder between latents and pixels.")]
+    text_encoder: Annotated[
+        dict[str, Any] | Annotated[list[dict[str, Any]], Field(min_length=1)],
+        Field(description="Text encoder or several of them."),
+    ]
+    tokenizer: Annotated[TokenizerConfig, Field(description="The tokenizer of the prompts.")]
+    diffusion: Annotated[dict[str, Any], Field(description="Noise schedule and sampling steps.")]
     plugins: Annotated[
         PluginsConfig | list[Name],
         Field(
@@ -84,21 +90,57 @@ class InferenceConfig(SectionModel):
             "that says as well which distributions take part in this job."
         ),
     ] = Field(default_factory=list)
-    task: Annotated[str, Only("t2v", reason="text-to-video is the only kind of generation yet")] = "t2v"
-    patch: PatchConfig = Field(default_factory=PatchConfig)
+    task: Annotated[
+        Literal["t2v", "i2v"],
+        NotYet("t2v", reason=_CONDITION),
+        Field(description="What conditions the model sees: a text, or a text and a first frame."),
+    ] = "t2v"
+    patch: Annotated[PatchConfig, Field(description="MindSpeed-MM's switches for replaced functions.")] = (
+        Field(default_factory=PatchConfig)
+    )
 
-    image: _Condition = None
-    video: _Condition = None
-    start_frame: _Condition = None
-    num_frames: Annotated[
-        Any, Only(None, reason="the number of frames is the first of pipeline_config.input_size")
+    image: Annotated[
+        _Text | Annotated[list[_Text], Field(min_length=1)] | None,
+        _NotYet,
+        Field(description="First frame: a file, a list of files, or a .txt file with one of them a line."),
     ] = None
-    strength: _Condition = None
-    dual_image: _Condition = None
-    conditional_pixel_values_path: _Condition = None
-    mask_type: _Condition = None
-    crop_for_hw: _Condition = None
-    max_hxw: _Condition = None
+    video: Annotated[
+        _Text | Annotated[list[_Text], Field(min_length=1)] | None,
+        _NotYet,
+        Field(
+            description="Video to begin with: a file, a list of files, or a .txt file with one of them a line."
+        ),
+    ] = None
+    start_frame: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        _NotYet,
+        Field(description="Frame of the video to begin with."),
+    ] = None
+    num_frames: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Only(None, reason="the number of frames is the first of pipeline_config.input_size"),
+        Field(description="Frames of the video."),
+    ] = None
+    strength: Annotated[
+        Annotated[float, Field(ge=0.0, le=1.0)] | None,
+        _NotYet,
+        Field(description="How much of the given video is replaced, from 0 to 1."),
+    ] = None
+    dual_image: Annotated[Any, _NotYet, Field(description="First and last frame, for flf2v models.")] = None
+    conditional_pixel_values_path: Annotated[
+        Any, _NotYet, Field(description="Files of the frames that a video is filled in between.")
+    ] = None
+    mask_type: Annotated[Any, _NotYet, Field(description="Which frames are given and which are made.")] = None
+    crop_for_hw: Annotated[
+        bool | None,
+        NotYet(None, False, reason=_CONDITION),
+        Field(description="Crop the given frames to the size."),
+    ] = None
+    max_hxw: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        _NotYet,
+        Field(description="Largest area of the given frames, in pixels."),
+    ] = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -4,7 +4,7 @@ again).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,16 +14,27 @@ from mm_core.config import cross_checks as cross
 from mm_core.config.assemble import Assembly, used_plugins
 from mm_core.config.component import ComponentConfig
 from mm_core.config.data import DataConfig
-from mm_core.config.document import Document
-from mm_core.config.findings import ConfigError, Finding, has_errors, show, sort_findings
+from mm_core.config.document import Document, link_notes
+from mm_core.config.findings import (
+    ConfigError,
+    Finding,
+    has_errors,
+    show,
+    sort_findings,
+    unavailable_is_error,
+)
+from mm_core.config.flag_parsing import read_command_line
 from mm_core.config.flag_table import LaunchFlags
 from mm_core.config.flags import TrainFlags, flag_name, required_flags, world_size
 from mm_core.config.fsdp2 import Fsdp2Config
-from mm_core.config.kinds import Kind, read_kind
+from mm_core.config.job_file import read_section
+from mm_core.config.kinds import Kind, detect_kind
+from mm_core.config.machine import check_surroundings
 from mm_core.config.model import COMPONENT_SECTIONS, ModelConfig
 from mm_core.config.origin import KeyPath
+from mm_core.config.overrides import FLAG_OF, SECTIONS
 from mm_core.config.parts import Part, find_callbacks, find_part, find_parts
-from mm_core.config.resolved import component_values, origins_of, place, plain
+from mm_core.config.resolved import component_values, legacy_paths, origins_of, place, plain
 from mm_core.config.section import check_section
 from mm_core.config.tools import ToolsConfig
 from mm_registry import PluginManager, default_manager
@@ -84,8 +95,14 @@ class TrainingJob:
         launch = {name: flags.pop(name) for name in LaunchFlags.model_fields}
         files = {"model": model, "data": data, "tools": plain(self.tools), "fsdp2": plain(self.fsdp2)}
         origins = {f"flags.{name}": str(self.flags.origin(name)) for name in TrainFlags.model_fields}
+        tops: dict[str, BaseModel | None] = {
+            "model": self.model, "data": self.data, "tools": self.tools, "fsdp2": self.fsdp2,
+        }  # fmt: skip
         for name, values in files.items():
-            origins |= origins_of(name, values, self.documents[name])
+            document, top = self.documents.get(name, _EMPTY), tops[name]
+            own = [c for c in self.components.values() if (c.role == "dataset") == (name == "data")]
+            legacy = legacy_paths(type(top), own, document) if top is not None else {}
+            origins |= origins_of(name, values, document, legacy)
         return {
             "values": {**files, "flags": flags},
             "launch": launch,
@@ -118,7 +135,7 @@ def load_training_job(flags: TrainFlags, *, manager: PluginManager | None = None
     """
     assembly = Assembly(manager or default_manager())
     draft = draft_training_job(flags, assembly, to_run=True)
-    findings = sort_findings(assembly.findings, file_order(flags))
+    findings = sort_findings(unavailable_is_error(assembly.findings), file_order(flags))
     if has_errors(findings):
         raise ConfigError(findings)
     assert draft.model is not None
@@ -145,14 +162,21 @@ def check_training_job(flags: TrainFlags, *, manager: PluginManager | None = Non
     """Return the findings of a job, which need not be complete: files that no flag names are not asked
     for.
     """
-    assembly = Assembly(manager or default_manager())
+    assembly = Assembly(manager or default_manager(), [*link_notes(*file_order(flags))])
     assembly.attempt(lambda: draft_training_job(flags, assembly, to_run=False))
-    return sort_findings(assembly.findings, file_order(flags))
+    return sort_findings(unavailable_is_error(assembly.findings), file_order(flags))
+
+
+def check_command_line(argv: Sequence[str], *, manager: PluginManager | None = None) -> tuple[Finding, ...]:
+    """Return the findings of the job that a command line of `mm train` says. A wrong flag hides nothing of its files."""
+    flags, findings = read_command_line(argv)
+    found = check_training_job(flags, manager=manager)
+    return sort_findings([*findings, *found], file_order(flags)) if has_errors(findings) else found
 
 
 def file_order(flags: TrainFlags) -> tuple[str | None, ...]:
     """Return the order in which findings are told: flags, then the files."""
-    return (None, flags.mm_model, flags.mm_data, flags.mm_tool, flags.fsdp2_config_path)
+    return (None, flags.job_file, *(flags.source(name) for name in SECTIONS))
 
 
 def draft_training_job(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -> TrainingDraft:
@@ -161,17 +185,22 @@ def draft_training_job(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -
     Args:
         to_run: whether what a run needs, and a check does not, is asked for.
     """
-    assembly.findings += flags.findings
+    assembly.findings += [*flags.findings, *check_surroundings(flags, to_run=to_run)]
     ranks = world_size(flags)
     draft = TrainingDraft(flags.with_global_batch(ranks), {})
     if to_run:
         assembly.findings += required_flags(flags)
     # Every file is read before anything is checked: a syntax error in one must not hide those of the others.
-    model = _read(draft, assembly, "model", flags.mm_model, Kind.MODEL, "mm_model" if to_run else "")
-    data = _read(draft, assembly, "data", flags.mm_data, Kind.DATA, "mm_data" if to_run else "")
-    tools = _read(draft, assembly, "tools", flags.mm_tool, Kind.TOOLS, "")
-    fsdp2 = _read(draft, assembly, "fsdp2", flags.fsdp2_config_path, Kind.FSDP2, "")
+    model = _read(draft, assembly, "model", Kind.MODEL, required=to_run)
+    data = _read(draft, assembly, "data", Kind.DATA, required=to_run)
+    tools = _read(draft, assembly, "tools", Kind.TOOLS)
+    fsdp2 = _read(draft, assembly, "fsdp2", Kind.FSDP2)
     assembly.select(model)
+    if model is not None and detect_kind(model) is Kind.TRANSFORMERS:
+        from mm_core.config.transformers_check import check_transformers_model  # few jobs are of this kind
+
+        check_transformers_model(model, assembly, "error" if to_run else "note")
+        model = None  # no task makes a job of it yet
     parts, data_parts = _find(assembly, model, data)
     parts = assembly.resolve_all(parts, model) if model else []
     data_parts = assembly.resolve_all(data_parts, data) if data else []
@@ -188,7 +217,7 @@ def draft_training_job(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -
         draft.documents["model"], draft.components = model, components
         if draft.model is not None:
             draft.model = draft.model.model_copy(
-                update={name: model.data[name] for name in COMPONENT_SECTIONS}
+                update={name: model.data[name] for name in COMPONENT_SECTIONS if name in model.data}
             )
     if data is not None:
         data, components = assembly.build(data_parts, data)
@@ -204,19 +233,23 @@ def draft_training_job(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -
 
 
 def _read(
-    draft: TrainingDraft, assembly: Assembly, name: str, path: str | None, kind: Kind, required: str
+    draft: TrainingDraft, assembly: Assembly, name: str, kind: Kind, *, required: bool = False
 ) -> Document | None:
-    if path is None:
-        if required:
-            text = f"it is required: the {kind} of the job"
-            finding = draft.flags.finding(required, "missing-flag", text, f"Add {flag_name(required)} FILE")
-            assembly.findings.append(finding)
-        draft.documents[name] = _EMPTY
-        return None if name in ("model", "data") else _EMPTY
-    document = assembly.attempt(lambda: read_kind(path, kind))
+    read = assembly.attempt(lambda: read_section(draft.flags, name, kind))
+    if read is None:
+        return None
+    document, findings = read
+    assembly.findings += findings
     if document is not None:
         draft.documents[name] = document
-    return document
+        return document
+    if required:
+        flag = FLAG_OF[name]
+        inside = f', or "{name}" to {draft.flags.job_file}' if draft.flags.job_file else ""
+        text, mend = f"it is required: the {kind} of the job", f"Add {flag_name(flag)} FILE{inside}"
+        assembly.findings.append(draft.flags.finding(flag, "missing-flag", text, mend))
+    draft.documents[name] = _EMPTY
+    return None if name in ("model", "data") else _EMPTY
 
 
 def _check(
@@ -224,7 +257,8 @@ def _check(
 ) -> M | None:
     if document is None:
         return None
-    checked = check_section(cls, document, label=document.path or name)
+    label = name if name in draft.flags.sections else document.path or name
+    checked = check_section(cls, document, label=label)
     assembly.findings += checked.findings
     return checked.section
 
@@ -255,6 +289,7 @@ def _cross_checks(draft: TrainingDraft, ranks: int, *, to_run: bool) -> list[Fin
         findings += cross.check_folders(models.values(), model)
         findings += cross.check_weights(models, model, load=flags.load, level="error" if to_run else "note")
         findings += cross.check_channels(models, model)
+        findings += cross.check_layers(models, model, flags)
         place = ("dataset_param", "tokenizer_config", "model_max_length")
         dataset = draft.components.get("dataset")
         if dataset is not None and data is not None:
@@ -263,6 +298,7 @@ def _cross_checks(draft: TrainingDraft, ranks: int, *, to_run: bool) -> list[Fin
         findings += cross.check_text(models, model, tokens, data or _EMPTY, place)
     if data is not None:
         findings += cross.check_path(data, ("dataset_param", "basic_parameters", "data_path"), "file")
+        findings += cross.check_data_files(data)
         findings += cross.check_path(data, ("dataset_param", "tokenizer_config", "from_pretrained"), "folder")
     if draft.fsdp2 is not None:
         draft.fsdp2, found = _precision(draft, draft.fsdp2)

@@ -1,150 +1,84 @@
 """JSON with comments and trailing commas, and the place of every key and value.
 
-Comments and trailing commas are blanked with as many spaces, so that the standard parser reads the rest and
-its offsets stay true. A scan of the tokens, before, finds what the standard parser cannot place well: a
-missing comma belongs right after the previous value, a missing bracket to the one that was opened.
+A scan of the tokens finds what the standard parser cannot place well: a missing comma belongs right after the
+previous value, a missing bracket where the indentation falls back. The standard parser then makes the values.
 """
 
 from __future__ import annotations
 
-import bisect
 import json
 import re
 from typing import Any, NamedTuple
 
 from mm_core.config.document import MAX_DEPTH, Document, syntax_error
-from mm_core.config.findings import clip, show
-from mm_core.config.origin import KeyPath, Origin
-
-_TOKEN = re.compile(
-    r'(?P<string>"(?:\\.|[^"\\\n])*")'
-    r"|(?P<comment>//[^\n]*|/\*[\s\S]*?\*/)"
-    r"|(?P<mark>[{}\[\],:])"
-    r"|(?P<atom>[^\s{}\[\],:\"'/]+)"
-    r"|(?P<bad>\S)"
+from mm_core.config.findings import ConfigError, clip, show
+from mm_core.config.json_brackets import (
+    CLOSING,
+    colon_after_value,
+    key_in_list,
+    never_closed,
+    value_for_key,
+    wrong_closing,
 )
-_CLOSING = {"{": "}", "[": "]"}
+from mm_core.config.json_tokens import Source, Token, bad_character, check_spaces, tokenize
+from mm_core.config.origin import KeyPath, Origin
+from mm_core.config.secrets import HIDDEN, in_secret
+
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null", "yes": "true", "no": "false"}
 _ATOM = re.compile(r"(?:true|false|null|-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?)\Z")
+#: \ud800 and the like, which mean something only in pairs.
+_HALF = re.compile("[\ud800-\udfff]")
+#: No quantity has so many digits, and the parser refuses whole numbers of some thousands without a place.
+_MOST_DIGITS = 400
+#: What a Chinese or Japanese keyboard writes for JSON's punctuation.
+_FULL_WIDTH = str.maketrans("，：“”｛｝［］", ',:""{}[]')
 
 
-class Token(NamedTuple):
-    kind: str  # "string", "atom" or the mark itself
-    text: str
-    start: int
-    end: int
+class _Open(NamedTuple):
+    """An object or list that is being read."""
+
+    token: Token
+    path: KeyPath
+    seen: set[str]
 
 
-class _Reader:
-    """One file being read. `fail` knows lines and columns."""
+class _Structure:
+    """Checks the order of tokens, and collects the places of values and of keys, by path."""
 
-    def __init__(self, text: str, path: str) -> None:
-        self.text = text
-        self.path = path
-        self._line_starts = [0, *(match.end() for match in re.finditer("\n", text))]
+    def __init__(self, source: Source, tokens: list[Token]) -> None:
+        self.source = source
+        self.tokens = tokens
+        self.origins: dict[KeyPath, Origin] = {}
+        self.keys: dict[KeyPath, Origin] = {}
 
-    def place(self, offset: int) -> tuple[int, int]:
-        line = bisect.bisect_right(self._line_starts, offset)
-        return line, offset - self._line_starts[line - 1] + 1
-
-    def origin(self, offset: int) -> Origin:
-        return Origin("file", self.path, *self.place(offset))
-
-    def fail(self, offset: int, message: str, suggestion: str = "") -> Exception:
-        return syntax_error(self.path, message, *self.place(offset), suggestion)
-
-    # -- tokens
-    # ------------------------------------------------------------------------------------------------------
-
-    def tokens(self) -> tuple[list[Token], str]:
-        """Return the tokens without comments and trailing commas, and the text with those blanked."""
-        tokens: list[Token] = []
-        pieces: list[str] = []
-        done = 0
-
-        def blank(start: int, end: int) -> None:
-            nonlocal done
-            pieces.append(self.text[done:start])
-            pieces.append(re.sub(r"[^\n]", " ", self.text[start:end]))
-            done = end
-
-        comma: Token | None = None
-        for match in _TOKEN.finditer(self.text):
-            kind, word, start, end = match.lastgroup, match.group(), match.start(), match.end()
-            if kind == "comment":
-                # Nothing is blanked behind a pending comma, so that pieces stay in order.
-                if comma is not None:
-                    self._keep_or_blank(comma, tokens, end, blank)
-                    comma = None
-                blank(start, end)
-                continue
-            if kind == "bad":
-                raise self._bad_character(word, start)
-            token = Token(word if kind == "mark" else str(kind), word, start, end)
-            if comma is not None:
-                if word in "}]" and kind == "mark":
-                    blank(comma.start, comma.end)
-                else:
-                    tokens.append(comma)
-                comma = None
-            if word == "," and kind == "mark" and tokens and tokens[-1].kind not in ("{", "[", ",", ":"):
-                comma = token
-            else:
-                tokens.append(token)
-        if comma is not None:
-            tokens.append(comma)
-        pieces.append(self.text[done:])
-        return tokens, "".join(pieces)
-
-    def _keep_or_blank(self, comma: Token, tokens: list[Token], after: int, blank: Any) -> None:
-        """Decide about a comma that a comment follows: look past all comments to the next token."""
-        following = next((m for m in _TOKEN.finditer(self.text, after) if m.lastgroup != "comment"), None)
-        if following is not None and following.group() in ("}", "]"):
-            blank(comma.start, comma.end)
-        else:
-            tokens.append(comma)
-
-    def _bad_character(self, char: str, start: int) -> Exception:
-        if char == '"':
-            return self.fail(start, "this text has no closing quote on its line", 'Add " where the text ends')
-        if char == "'":
-            return self.fail(start, "texts and keys stand in double quotes", "Write \" instead of '")
-        if self.text.startswith("/*", start):
-            return self.fail(start, "this comment has no end", "Add */ where it ends")
-        return self.fail(start, f"unexpected character {show(char)}")
-
-    # -- structure
-    # ---------------------------------------------------------------------------------------------------
-
-    def structure(self, tokens: list[Token]) -> tuple[dict[KeyPath, Origin], dict[KeyPath, Origin]]:
-        """Check the order of tokens and return the places of values and of keys, by path."""
-        origins: dict[KeyPath, Origin] = {}
-        keys: dict[KeyPath, Origin] = {}
-        stack: list[tuple[Token, KeyPath, set[str]]] = []
+    def read(self) -> None:
+        """Raises ConfigError with the place of the first mistake."""
+        stack: list[_Open] = []
         # "value", "first" (key/value or closing), "key", "colon", "next" (comma or closing), "end"
         expect = "value"
         path: KeyPath = ()
         index: list[int] = []
-        for position, token in enumerate(tokens):
-            before = tokens[position - 1] if position else None
-            inside = stack[-1][0].kind if stack else ""
+        for position, token in enumerate(self.tokens):
+            if token.kind == "bad":
+                raise bad_character(self.source, token)
+            before = self.tokens[position - 1] if position else None
+            inside = stack[-1].token.kind if stack else ""
             if expect == "end":
-                raise self.fail(
-                    token.start, f"{show(token.text)} after the end of the top level", "Remove it"
-                )
+                raise self._after_end(token, before)
             if expect == "colon":
                 if token.kind != ":":
                     assert before is not None
-                    raise self.fail(
-                        before.end, f"missing ':' after the key {clip(before.text)}", 'Write "key": value'
-                    )
+                    text = f"missing ':' after the key {clip(before.text)}"
+                    raise self.source.fail(before.end, text, 'Write "key": value')
                 expect = "value"
                 continue
             if expect in ("first", "next") and token.kind in ("}", "]"):
-                opened, path, _ = stack.pop()
-                if token.kind != _CLOSING[opened.kind]:
-                    raise self._wrong_closing(token, opened)
-                if opened.kind == "[":
+                opened = stack.pop()
+                path = opened.path
+                if token.kind != CLOSING[opened.token.kind]:
+                    around = [outer.token for outer in stack]
+                    raise wrong_closing(self.source, self.tokens, position, opened.token, around)
+                if opened.token.kind == "[":
                     index.pop()
                 expect = "next" if stack else "end"
                 continue
@@ -152,140 +86,148 @@ class _Reader:
                 if token.kind == ",":
                     expect = "key" if inside == "{" else "value"
                     continue
-                assert before is not None
-                raise self._missing_comma(token, before, inside)
+                raise self._not_next(position, stack[-1], path)
             if inside == "{" and expect in ("first", "key"):
-                path = self._key(token, before, stack, keys)
+                if token.kind in ("{", "["):
+                    raise value_for_key(
+                        self.source, self.tokens, position, [opened.token for opened in stack]
+                    )
+                path = self._key(token, before, stack[-1])
                 expect = "colon"
                 continue
             # A value is expected.
             base = path
             if inside == "[":
-                base = (*stack[-1][1], index[-1])
+                base = (*stack[-1].path, index[-1])
                 index[-1] += 1
-            self._check_value(token, before, inside)
-            origins[base] = self.origin(token.start)
+            self._check_value(token, before, inside, base)
+            self.origins[base] = self.source.origin(token.start)
             if inside == "[":
-                keys[base] = origins[base]
+                self.keys[base] = self.origins[base]
             if token.kind in ("{", "["):
                 if len(stack) >= MAX_DEPTH:
-                    raise self.fail(token.start, f"objects and lists are nested more than {MAX_DEPTH} deep")
-                stack.append((token, base, set()))
+                    text = f"objects and lists are nested more than {MAX_DEPTH} deep"
+                    raise self.source.fail(token.start, text)
+                stack.append(_Open(token, base, set()))
                 if token.kind == "[":
                     index.append(0)
                 expect = "first"
             else:
                 expect = "next" if stack else "end"
         if expect != "end":
-            raise self._early_end(tokens, stack)
-        return origins, keys
+            self._check_not_empty()
+            raise never_closed(self.source, self.tokens, [opened.token for opened in stack])
 
-    def _key(
-        self,
-        token: Token,
-        before: Token | None,
-        stack: list[tuple[Token, KeyPath, set[str]]],
-        keys: dict[KeyPath, Origin],
-    ) -> KeyPath:
+    def _check_not_empty(self) -> None:
+        if not self.tokens:
+            raise self.source.fail(0, "the file holds only comments", "Write at least {}")
+
+    def _key(self, token: Token, before: Token | None, opened: _Open) -> KeyPath:
+        fail = self.source.fail
         if token.kind == ",":
             at = before.end if before else token.start
-            raise self.fail(
-                token.start if before and before.kind == "," else at, "a comma too many", "Remove it"
-            )
+            raise fail(token.start if before and before.kind == "," else at, "a comma too many", "Remove it")
         if token.kind == "atom":
+            word = clip(token.text)
             if _ATOM.match(token.text):
-                mend = "Use [ ] for a list"
-                raise self.fail(
-                    token.start, f"found {clip(token.text)} where a key in double quotes belongs", mend
+                raise fail(
+                    token.start, f"found {word} where a key in double quotes belongs", "Use [ ] for a list"
                 )
-            mend = f'Write "{clip(token.text)}"'
-            raise self.fail(token.start, f"the key {clip(token.text)} needs double quotes", mend)
+            self._check_comment_or_width(token)
+            raise fail(token.start, f"the key {word} needs double quotes", f'Write "{word}"')
         if token.kind != "string":
-            raise self.fail(token.start, f"found {clip(token.text)} where a key in double quotes belongs")
-        try:
-            name = json.loads(token.text)
-        except json.JSONDecodeError as error:
-            raise self._bad_string(token, error) from None
-        _, base, seen = stack[-1]
-        path = (*base, name)
-        if name in seen:
-            first = keys[path]
-            raise self.fail(
-                token.start,
-                f'duplicate key "{clip(name)}", first given at line {first.line}',
-                "Remove one of them",
-            )
-        seen.add(name)
-        keys[path] = self.origin(token.start)
+            raise fail(token.start, f"found {clip(token.text)} where a key in double quotes belongs")
+        name = self._string(token)
+        path = (*opened.path, name)
+        if name in opened.seen:
+            text = f'duplicate key "{clip(name)}", first given at line {self.keys[path].line}'
+            raise fail(token.start, text, "Remove one of them")
+        opened.seen.add(name)
+        self.keys[path] = self.source.origin(token.start)
         return path
 
-    def _check_value(self, token: Token, before: Token | None, inside: str) -> None:
+    def _check_value(self, token: Token, before: Token | None, inside: str, path: KeyPath) -> None:
         if token.kind == "string":
-            try:
-                json.loads(token.text)
-            except json.JSONDecodeError as error:
-                raise self._bad_string(token, error) from None
+            self._string(token)
         elif token.kind == "atom" and not _ATOM.match(token.text):
-            word = token.text
-            if word.lstrip("+-") in ("NaN", "Infinity", "nan", "inf", "Inf"):
-                raise self.fail(
-                    token.start, f"{clip(word)} is no number that JSON knows", "Write a finite number"
-                )
-            if word in _PYTHON_WORDS:
-                raise self.fail(token.start, f"{clip(word)} is not JSON", f"Write {_PYTHON_WORDS[word]}")
-            if re.match(r"[+-]?[\d.]", word):
-                raise self.fail(
-                    token.start, f"{clip(word)} is not a number as JSON writes it", _number_hint(word)
-                )
-            raise self.fail(
-                token.start, f"the text {clip(word)} needs double quotes", f'Write "{clip(word)}"'
+            self._check_comment_or_width(token)
+            raise self._bad_atom(token, path)
+        elif token.kind == "atom" and len(token.text) > _MOST_DIGITS:
+            raise self.source.fail(
+                token.start, f"a number of {len(token.text)} characters has too many digits"
             )
         elif token.kind in (",", ":", "}", "]"):
             at = before.end if before else token.start
             if inside == "[" and token.kind == ",":
-                raise self.fail(token.start, "a comma too many", "Remove it")
-            raise self.fail(at, f"a value is missing before {clip(token.text)}")
+                raise self.source.fail(token.start, "a comma too many", "Remove it")
+            raise self.source.fail(at, f"a value is missing before {clip(token.text)}")
 
-    def _bad_string(self, token: Token, error: json.JSONDecodeError) -> Exception:
-        at = token.start + error.pos
-        if "escape" in error.msg:
-            return self.fail(
-                at, "this backslash begins no known escape", "Write \\\\ for a backslash, or use /"
-            )
-        return self.fail(at, "a control character in a text", "Write \\t for a tab")
+    def _check_comment_or_width(self, token: Token) -> None:
+        if token.text.startswith("#"):
+            raise self.source.fail(token.start, "'#' begins no comment in JSON", "Write // instead")
+        for offset, char in enumerate(token.text):
+            plain = char.translate(_FULL_WIDTH)
+            if plain != char:
+                raise self.source.fail(
+                    token.start + offset, f"'{char}' is not the punctuation of JSON", f"Write {plain}"
+                )
 
-    def _wrong_closing(self, token: Token, opened: Token) -> Exception:
-        line, column = self.place(opened.start)
-        wanted = _CLOSING[opened.kind]
-        return self.fail(
-            token.start,
-            f"'{clip(token.text)}' closes the '{opened.kind}' of line {line}, column {column}; "
-            f"expected '{wanted}'",
-            f"Write '{wanted}', or add the missing one before",
-        )
+    def _bad_atom(self, token: Token, path: KeyPath) -> ConfigError:
+        word, at, fail = clip(token.text), token.start, self.source.fail
+        if token.text.lstrip("+-") in ("NaN", "Infinity", "nan", "inf", "Inf"):
+            return fail(at, f"{word} is no number that JSON knows", "Write a finite number")
+        if word in _PYTHON_WORDS:
+            return fail(at, f"{word} is not JSON", f"Write {_PYTHON_WORDS[word]}")
+        if in_secret(path):
+            return fail(at, f"the text {HIDDEN} needs double quotes", "Put it in double quotes")
+        if re.match(r"[+-]?\.?\d", word):
+            return fail(at, f"{word} is not a number as JSON writes it", _number_hint(token.text))
+        return fail(at, f"the text {word} needs double quotes", f'Write "{word}"')
 
-    def _missing_comma(self, token: Token, before: Token, inside: str) -> Exception:
-        if token.kind == ":" and before.kind in ("string", "atom"):
-            return self.fail(token.start, "':' stands where ',' or a closing bracket belongs")
-        what = f"the next key {clip(token.text)}" if inside == "{" else f"the next value {show(token.text)}"
-        return self.fail(before.end, f"missing ',' between this value and {what}", "Add a comma here")
+    def _string(self, token: Token) -> str:
+        if "\\" not in token.text and token.text.isprintable():
+            return token.text[1:-1]  # as nearly all are
+        try:
+            text = json.loads(token.text)
+        except json.JSONDecodeError as error:
+            at = token.start + error.pos
+            if "escape" in error.msg:
+                mend = "Write \\\\ for a backslash, or use /"
+                raise self.source.fail(at, "this backslash begins no known escape", mend) from None
+            raise self.source.fail(at, "a control character in a text", "Write \\t for a tab") from None
+        assert isinstance(text, str)
+        if "\\u" in token.text and not text.isascii() and _HALF.search(text):
+            mend = "Write the character itself, or both halves"
+            raise self.source.fail(token.start, "an escape in this text is half a character", mend)
+        return text
 
-    def _early_end(self, tokens: list[Token], stack: list[tuple[Token, KeyPath, set[str]]]) -> Exception:
-        end = tokens[-1].end if tokens else 0
-        if not stack:
-            return self.fail(end, "the file holds only comments", "Write at least {}")
-        opened = stack[-1][0]
-        line, column = self.place(opened.start)
-        closing = _CLOSING[opened.kind]
-        return self.fail(
-            end,
-            f"the file ends before '{closing}': '{opened.kind}' of line {line}, column {column} is "
-            "not closed",
-            f"Add '{closing}' here",
-        )
+    def _not_next(self, position: int, opened: _Open, path: KeyPath) -> ConfigError:
+        """What stands where a comma or the closing bracket belongs."""
+        token, before = self.tokens[position], self.tokens[position - 1]
+        if token.kind == ":":
+            if opened.token.kind == "[" and before.kind == "string":
+                return key_in_list(self.source, self.tokens, position, opened.token)
+            return colon_after_value(self.source, self.tokens, position)
+        following = self.tokens[position + 1].kind if position + 1 < len(self.tokens) else ""
+        shown = HIDDEN if in_secret(path) and following != ":" else clip(token.text)
+        what = f"the next {'key' if opened.token.kind == '{' else 'value'} {shown}"
+        return self.source.fail(before.end, f"missing ',' between this value and {what}", "Add a comma here")
+
+    def _after_end(self, token: Token, before: Token | None) -> ConfigError:
+        if token.kind == ":" and before is self.tokens[0]:
+            text = f"missing '{{' before the first key {clip(before.text)}"
+            return self.source.fail(before.start, text, "Add '{' here")
+        text = f"{show(token.text)} after the end of the top level"
+        if before is not None and before.kind in ("}", "]") and token.kind in (",", "}", "]", "string"):
+            line, column = self.source.place(before.start)
+            text += f", which '{before.text}' of line {line}, column {column} closed"
+            return self.source.fail(token.start, text, "Remove it, or that bracket")
+        return self.source.fail(token.start, text, "Remove it")
 
 
 def _number_hint(word: str) -> str:
+    if len(word) > _MOST_DIGITS:
+        return ""
     if word.startswith("+"):
         return f"Write {word[1:]}"
     if word.startswith((".", "-.")):
@@ -303,21 +245,21 @@ def parse_json(text: str, path: str) -> Document:
     """Parse JSON with comments and trailing commas. Raises ConfigError with the place of the first
     mistake.
     """
-    reader = _Reader(text, path)
-    tokens, blanked = reader.tokens()
-    origins, keys = reader.structure(tokens)
+    source = Source(text, path)
+    tokens, blanked = tokenize(source)
+    structure = _Structure(source, tokens)
+    structure.read()
+    check_spaces(source, blanked, tokens)
     try:
         data = json.loads(blanked)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         offset = error.pos if isinstance(error, json.JSONDecodeError) else 0
-        raise reader.fail(offset, f"not JSON: {error}") from error
-    except ValueError as error:  # a whole number of thousands of digits
-        raise reader.fail(0, f"a number has too many digits: {error}") from error
+        raise source.fail(offset, f"not JSON: {error}") from error
     overflow = _first_infinite(data, ())
     if overflow is not None:
-        origin = origins[overflow]
+        origin = structure.origins[overflow]
         raise syntax_error(path, "this number is too large", origin.line, origin.column)
-    return Document(path, data, origins, keys)
+    return Document(path, data, structure.origins, structure.keys)
 
 
 def _first_infinite(value: Any, path: KeyPath) -> KeyPath | None:

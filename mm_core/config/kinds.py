@@ -14,6 +14,7 @@ from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.inference import InferenceConfig
 from mm_core.config.model import ModelConfig
 from mm_core.config.tools import ToolsConfig
+from mm_core.config.transformers_model import TransformersModelConfig
 
 
 class Kind(StrEnum):
@@ -23,6 +24,7 @@ class Kind(StrEnum):
     TOOLS = "tools file"
     FSDP2 = "sharding file"
     COMBINED = "combined job file"
+    JOB = "job file"
     TRANSFORMERS = "transformers model file"
 
 
@@ -33,21 +35,22 @@ CLASSES: dict[Kind, type[BaseModel]] = {
     Kind.DATA: DataConfig,
     Kind.TOOLS: ToolsConfig,
     Kind.FSDP2: Fsdp2Config,
+    Kind.TRANSFORMERS: TransformersModelConfig,
 }
-_UNSUPPORTED = {
-    Kind.COMBINED: (
-        "a combined job file cannot be read yet",
-        "Give its sections as files: --mm-model, --mm-data, --mm-tool",
-    ),
-    Kind.TRANSFORMERS: ("transformers models cannot be trained yet", "Diffusion models can: see examples/"),
-}
+
+
+#: Files that hold a whole job; `mm_core.config.job_file` reads them.
+JOB_KINDS = (Kind.COMBINED, Kind.JOB)
+_JOB_KEYS = {"model", "data", "tools", "fsdp2", "gpt_args", "flags", "lora_args"}
 
 
 def detect_kind(document: Document) -> Kind | None:
     """Return what a file configures, or None if its keys do not tell."""
     keys = set(document.data)
-    if "gpt_args" in keys:
+    if "MM_TOOL_PATH" in keys:
         return Kind.COMBINED
+    if "gpt_args" in keys:
+        return Kind.JOB
     if keys & {"init_from_hf_path", "text_decoder", "image_encoder"}:
         return Kind.TRANSFORMERS
     if "pipeline_class" in keys:
@@ -55,18 +58,12 @@ def detect_kind(document: Document) -> Kind | None:
     scores = {kind: len(keys & set(cls.model_fields)) for kind, cls in CLASSES.items()}
     best = max(scores.values())
     winners = [kind for kind, score in scores.items() if score == best]
+    if len(keys & _JOB_KEYS) > best:
+        return Kind.JOB
     if best == 0:
         return None
     # Training and inference files share their sections; only the latter have a tokenizer or a pipeline.
     return winners[0]
-
-
-def unsupported(document: Document, kind: Kind) -> Finding | None:
-    """Return the error for a kind of file that is recognised and cannot be used."""
-    if kind not in _UNSUPPORTED:
-        return None
-    message, mend = _UNSUPPORTED[kind]
-    return Finding("error", "unsupported-file", message, document.path, suggestion=mend)
 
 
 def read_kind(path: str, expected: Kind) -> Document:
@@ -75,20 +72,33 @@ def read_kind(path: str, expected: Kind) -> Document:
     Raises:
         ConfigError: it cannot be read, or its keys are those of another kind.
     """
-    document = without_schema(read_document(path))
+    return expect_kind(without_schema(read_document(path)), expected)
+
+
+def expect_kind(document: Document, expected: Kind, section: str = "") -> Document:
+    """Return a file, or a section of a job file, that must be of one kind by its keys.
+
+    Raises:
+        ConfigError: its keys are those of another kind.
+    """
     kind = detect_kind(document)
-    if kind is None or kind == expected:
+    if kind is None or kind == expected or (expected is Kind.MODEL and kind is Kind.TRANSFORMERS):
         return document
-    refused = unsupported(document, kind)
-    if refused is not None:
-        raise ConfigError([refused])
-    own = set(document.data) & set(CLASSES[expected].model_fields)
-    if own == set(document.data):
-        return document
-    if expected is Kind.INFERENCE and kind is Kind.MODEL and len(own) > 3:
-        return document  # an inference file without its pipeline_class
+    mend = _HINTS[expected]
+    if kind in JOB_KINDS:
+        mend = f"Give it without a flag: mm train {document.path}"
+    else:
+        own = set(document.data) & set(CLASSES[expected].model_fields)
+        if own == set(document.data):
+            return document
+        if expected is Kind.INFERENCE and kind is Kind.MODEL and len(own) > 3:
+            return document  # an inference file without its pipeline_class
     message = f"this is a {kind} by its keys, expected a {expected}"
-    raise ConfigError([Finding("error", "wrong-file", message, document.path, suggestion=_HINTS[expected])])
+    if not section:
+        raise ConfigError([Finding("error", "wrong-file", message, document.path, suggestion=mend)])
+    raise ConfigError(
+        [Finding.at(document.origin(()), "error", "wrong-file", f"{section}: {message}", path=section)]
+    )
 
 
 _HINTS = {

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from mm_core.config.document import Document
-from mm_core.config.findings import Finding, clip, closest, did_you_mean, show
+from mm_core.config.findings import Finding, clip, closest, did_you_mean, misspelt, show
 from mm_core.config.origin import KeyPath, dotted
+from mm_core.config.secrets import HIDDEN, in_secret
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -142,10 +143,14 @@ def _describe(
         )
     wanted = first["loc"][-1] if first["loc"] else None
     if kinds == {"missing"} and isinstance(wanted, int):
-        text = f'"{key}" is {show(document.value(path))}: must have exactly {_items(details)}'
+        text = f'"{key}" is {show(document.value(path), path)}: must have exactly {_items(details)}'
         return Finding.at(document.origin(path), "error", "out-of-range", text, path=path)
     if kinds == {"missing"}:
         owner = label if len(place) == 1 else _inside(label, place[:-1])
+        written = document.value(path[:-1]) if document.has(path[:-1]) else {}
+        slip = misspelt(str(place[-1]), written)
+        if slip is not None and place and slip not in cls.model_fields:
+            return _slip(document, (*path[:-1], slip), owner, key)
         mend = f'Add "{key}"'
         return Finding.at(
             document.key_origin(path[:-1]),
@@ -160,13 +165,23 @@ def _describe(
     special = next((detail for detail in details if not _is_mismatch(detail)), None)
     if special is not None:
         code, text = _special(special)
-        shown = "" if special.get("ctx", {}).get("key") else f" is {show(special['input'])}"
+        shown = "" if special.get("ctx", {}).get("key") else f" is {show(special['input'], path)}"
         if code in ("invalid-value", "refused-value") and (
             not place or isinstance(special["input"], Mapping)
         ):
             shown = ""
         quoted = f'"{key}"{shown}: ' if place else f"{label}: "
         mend = _closest_tag(special)
+        tag = str(special.get("ctx", {}).get("discriminator", "")).strip("'")
+        if tag and isinstance(special["input"], Mapping):
+            slip = misspelt(tag, special["input"])
+            if special["type"] == "union_tag_not_found" and slip is not None:
+                return _slip(document, (*path, slip), _inside(label, place), tag)
+            if tag in special["input"]:
+                path = (*path, tag)
+                origin = document.origin(path)
+        if in_secret(path) and isinstance(special["input"], str) and special["input"]:
+            text = text.replace(special["input"], HIDDEN)  # a validator may quote what it refuses
         return Finding.at(origin, "error", code, quoted + text, path=path, suggestion=mend)
     missing = [detail for detail in details if _is_missing_item(detail)]
     expected = " or ".join(
@@ -175,12 +190,19 @@ def _describe(
         )
     )
     text = (
-        f'"{key}" is {show(value)}, expected {expected}'
+        f'"{key}" is {show(value, path)}, expected {expected}'
         if place
-        else f"{label} is {show(value)}, expected {expected}"
+        else f"{label} is {show(value, path)}, expected {expected}"
     )
-    mend = _mend(value, kinds, details)
+    mend = "" if in_secret(path) else _mend(value, kinds, details)
     return Finding.at(origin, "error", "wrong-type", text, path=path, suggestion=mend)
+
+
+def _slip(document: Document, path: KeyPath, owner: str, wanted: str) -> Finding:
+    """A required key that is there, misspelt."""
+    text = f'unknown key "{clip(str(path[-1]))}" in {owner}'
+    mend = f'Did you mean "{wanted}"?'
+    return Finding.at(document.key_origin(path), "error", "unknown-key", text, path=path, suggestion=mend)
 
 
 def _name(place: KeyPath) -> str:

@@ -1,34 +1,44 @@
 """`model.json` of a training job."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from mm_core.config.keys import NoEffect, Only
+from mm_core.config.keys import NoEffect, NotYet, Only
 from mm_core.config.patch import PatchConfig
 from mm_core.config.plugins import Name, PluginsConfig
 from mm_core.config.section import SectionModel
 
-_LORA = "LoRA is not available yet"
+_LORA = "LoRA is not available yet, and every weight of the predictor would be trained"
+_FEATURES = "{} are encoded during training, not yet read from stored features"
 
 
 class ModelConfig(SectionModel):
     """The top level of a diffusion model's training file.
 
     The component sections stay plain data here: each is checked by the config class that the component's
-    distribution registers.
+    distribution registers. An autoencoder is needed unless `load_video_features` is true, and a text encoder unless
+    `load_text_features` is.
     """
 
     load_video_features: Annotated[
-        bool, Only(False, reason="features cannot be loaded yet; videos are encoded during training")
+        bool,
+        NotYet(False, reason=_FEATURES.format("videos")),
+        Field(description="Whether the samples are latents already, so that no autoencoder is built."),
     ] = False
     load_text_features: Annotated[
-        bool, Only(False, reason="features cannot be loaded yet; captions are encoded during training")
+        bool,
+        NotYet(False, reason=_FEATURES.format("captions")),
+        Field(description="Whether the captions are embeddings already, so that no text encoder is built."),
     ] = False
     task: Annotated[
-        str,
-        Only("t2v", reason="text-to-video is the only kind of training yet"),
-        Field(description="Kind of training: what conditions the model sees."),
+        Literal["t2v", "i2v"],
+        NotYet("t2v", reason="so far only text-to-video models can be trained"),
+        Field(
+            description="What conditions the model sees: a text (`t2v`), or a text and a first frame (`i2v`, also for "
+            "models of type `ti2v` and `flf2v`)."
+        ),
     ] = "t2v"
     task_id: Annotated[
         str, Field(min_length=1, description="Id of the task, which turns a batch into a loss.")
@@ -46,30 +56,67 @@ class ModelConfig(SectionModel):
     ] = Field(default_factory=list)
     diffusion: Annotated[dict[str, Any], Field(description="Noise schedule and loss.")]
     predictor: Annotated[dict[str, Any], Field(description="The network that is trained.")]
-    ae: Annotated[dict[str, Any], Field(description="Autoencoder between pixels and latents, frozen.")]
+    ae: Annotated[
+        dict[str, Any] | None, Field(description="Autoencoder between pixels and latents, frozen.")
+    ] = None
     text_encoder: Annotated[
-        dict[str, Any] | Annotated[list[dict[str, Any]], Field(min_length=1)],
+        dict[str, Any] | Annotated[list[dict[str, Any]], Field(min_length=1)] | None,
         Field(description="Text encoder or several of them, frozen."),
-    ]
+    ] = None
     low_noise_predictor: Annotated[
-        Any, Only(None, reason="one expert is trained at a time; the other belongs in the inference file")
+        Any,
+        Only(None, reason="one expert is trained at a time; the other belongs in the inference file"),
+        Field(description="Second expert, in inference files."),
     ] = None
     encoder_offload_interval: Annotated[
         int,
-        Field(ge=1),
+        Field(
+            ge=1,
+            description="Micro batches whose captions are encoded at once, the encoder being away between.",
+        ),
         NoEffect("the encoders stay on the device and encode each micro batch", quiet_for=(1,)),
     ] = 1
-    enable_encoder_dp: Annotated[bool, NoEffect("each rank encodes its own samples", quiet_for=(False,))] = (
-        False
-    )
-    interleaved: Annotated[
-        bool, NoEffect("batches are moved to the device when they are needed", quiet_for=(False,))
+    enable_encoder_dp: Annotated[
+        bool,
+        NoEffect("each rank encodes its own samples", quiet_for=(False,)),
+        Field(description="Share the encoding among the ranks that hold parts of one model."),
     ] = False
-    patch: PatchConfig = Field(default_factory=PatchConfig)
-    dpo: Annotated[Any, Only(None, reason="preference training (DPO) is not available yet")] = None
-    lora_apply_modules: Annotated[Any, Only(None, reason=_LORA)] = None
-    lora_mixed_training: Annotated[bool | None, Only(None, False, reason=_LORA)] = None
-    lora_save_full_weight: Annotated[bool | None, Only(None, False, reason=_LORA)] = None
+    interleaved: Annotated[
+        bool,
+        NoEffect("batches are moved to the device when they are needed", quiet_for=(False,)),
+        Field(description="Keep batches in host memory until they are used."),
+    ] = False
+    patch: Annotated[PatchConfig, Field(description="MindSpeed-MM's switches for replaced functions.")] = (
+        Field(default_factory=PatchConfig)
+    )
+    dpo: Annotated[
+        dict[str, Any] | None,
+        NotYet(None, reason="preference training (DPO) is not available yet"),
+        Field(description="Settings of preference training."),
+    ] = None
+    lora_apply_modules: Annotated[
+        list[Annotated[str, Field(min_length=1)]] | None,
+        NotYet(None, reason=_LORA),
+        Field(description='Components whose layers get LoRA; `["all"]` means every one.'),
+    ] = None
+    lora_mixed_training: Annotated[
+        bool | None,
+        NotYet(None, False, reason=_LORA),
+        Field(description="Train the weights of components without LoRA beside those of LoRA."),
+    ] = None
+    lora_save_full_weight: Annotated[
+        bool | None,
+        NotYet(None, False, reason=_LORA),
+        Field(description="Save merged weights beside those of LoRA."),
+    ] = None
+
+    @model_validator(mode="after")
+    def _encoders(self) -> Self:
+        for name, loaded in (("ae", self.load_video_features), ("text_encoder", self.load_text_features)):
+            if getattr(self, name) is None and not loaded:
+                # As if the field had no default.
+                raise PydanticCustomError("missing", "Field required", {"key": name})
+        return self
 
 
 #: Sections of a model file that name a component, in the order in which they are built.

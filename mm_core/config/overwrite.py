@@ -10,6 +10,7 @@ from mm_core.config.document import Document
 from mm_core.config.findings import Finding, show
 from mm_core.config.origin import KeyPath, Origin, dotted
 from mm_core.config.parts import Part
+from mm_core.config.secrets import without_secrets
 from mm_registry.hooks import ProvidedPatch
 
 
@@ -25,11 +26,14 @@ class Overwrite:
     had_value: bool
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        where = self.path.split(".")
+        values = {"old": without_secrets(self.old, where), "new": without_secrets(self.new, where)}
+        return {**asdict(self), **values}
 
     def __str__(self) -> str:
-        old = show(self.old) if self.had_value else "(not set)"
-        return f"{self.path}: {old} → {show(self.new)}, by {self.by}: {self.reason}"
+        where = self.path.split(".")
+        old = show(self.old, where) if self.had_value else "(not set)"
+        return f"{self.path}: {old} → {show(self.new, where)}, by {self.by}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ def apply_patches(
             elif rival.path != change.path or rival.value != change.value:
                 if provided.patch.required == rival.patch.patch.required:
                     what = (
-                        f"two hooks want different values: {show(rival.value)} ({rival.by}) and "
-                        f"{show(value)} ({by})"
+                        f"two hooks want different values: {show(rival.value, change.path)} ({rival.by}) and "
+                        f"{show(value, change.path)} ({by})"
                     )
                     findings.append(_error(document, change, what))
                 elif provided.patch.required:
@@ -85,6 +89,7 @@ def _apply(document: Document, change: _Change) -> tuple[Document, list[Overwrit
     if written and type(old) is type(change.value) and old == change.value:
         return document, [], []
     reason = change.patch.patch.reason
+    was, wanted = show(old, change.path), show(change.value, change.path)
     findings: list[Finding] = []
     blocked = _blocking_scalar(document, change.path)
     if blocked is not None:
@@ -94,11 +99,11 @@ def _apply(document: Document, change: _Change) -> tuple[Document, list[Overwrit
             [_error(document, change, f"{dotted(blocked)} is no object, so nothing can be set in it")],
         )
     if written:
-        text = f"{show(old)} is written here, but {change.by} wants {show(change.value)}: {reason}"
+        text = f"{was} is written here, but {change.by} wants {wanted}: {reason}"
         if not change.patch.patch.required:
-            mend = f"Write {show(change.value)}, or take the key out"
+            mend = f"Write {wanted}, or take the key out"
             return document, [], [_error(document, change, text, mend)]
-        text = f"{show(old)} is replaced by {show(change.value)}, as {change.by} requires: {reason}"
+        text = f"{was} is replaced by {wanted}, as {change.by} requires: {reason}"
         findings.append(
             Finding.at(document.origin(change.path), "note", "overwritten", text, path=change.path)
         )

@@ -12,13 +12,16 @@ from pydantic import BaseModel
 
 from mm_core.config.component import WITH_WEIGHTS, ComponentConfig, IdKeys, WeightKeys
 from mm_core.config.document import Document
-from mm_core.config.findings import Finding, has_errors, show
+from mm_core.config.findings import Finding, has_errors, misspelt, show
 from mm_core.config.origin import KeyPath, dotted
-from mm_core.config.section import SectionModel, check_section
+from mm_core.config.section import SectionModel, check_section, not_available
 from mm_registry.errors import RegistryError, UnknownIdError
 from mm_registry.groups import ROLES
 from mm_registry.manager import PluginManager
 from mm_registry.spec import EntrySpec
+
+#: Sections inside a component's section that name a component themselves: role -> (key, role, key of the id).
+_NESTED = {"ae": (("i2v_processor", "i2v_processor", "processor_id"),)}
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Part:
         path: of its section.
         id_path: of the value that is its id.
         id: that value.
-        spec: the entry that it means, once resolved.
+        spec: the entry that it means, once resolved. Of a component that is announced by its config class only, the
+            entry of that class.
     """
 
     name: str
@@ -60,6 +64,12 @@ def find_part(
     id_path = (*path, id_key)
     value = section.get(id_key)
     if value is None and id_key not in section:
+        slip = misspelt(id_key, section)
+        if slip is not None:
+            text, mend = f'unknown key "{slip}" in {dotted(path)}', f'Did you mean "{id_key}"?'
+            written = (*path, slip)
+            origin = document.key_origin(written)
+            return None, [Finding.at(origin, "error", "unknown-key", text, path=written, suggestion=mend)]
         message = f'{dotted(path)} needs "{id_key}"'
         origin = document.key_origin(path)
         mend = f'Add "{id_key}"; `mm list` shows the ids'
@@ -73,8 +83,8 @@ def find_part(
 
 
 def find_parts(document: Document, sections: Sequence[tuple[str, str]]) -> tuple[list[Part], list[Finding]]:
-    """Return the parts of several sections (key, role); a list of sections gives one for each item, `key.0`,
-    …
+    """Return the parts of several sections (key, role); a list of sections gives one for each item, `key.0`, …
+    A section inside one of them that names a component gives one too: `ae.i2v_processor`.
     """
     parts: list[Part] = []
     findings: list[Finding] = []
@@ -88,6 +98,14 @@ def find_parts(document: Document, sections: Sequence[tuple[str, str]]) -> tuple
             findings += found
             if part is not None:
                 parts.append(part)
+            for inner, inner_role, id_key in _NESTED.get(role, ()):
+                where = (*path, inner)
+                if not document.has(where) or document.value(where) is None:
+                    continue
+                nested, found = find_part(document, f"{name}.{inner}", inner_role, where, id_key)
+                findings += found
+                if nested is not None:
+                    parts.append(nested)
     return parts, findings
 
 
@@ -103,19 +121,37 @@ def find_callbacks(document: Document) -> list[Part]:
 
 
 def resolve(part: Part, document: Document, manager: PluginManager) -> tuple[Part | None, list[Finding]]:
-    """Find the entry that a part's id means, by metadata alone; an old id is a warning."""
+    """Find the entry that a part's id means, by metadata alone; an old id is a warning, and so is one that only a
+    config class is registered for: its section can be checked, and nothing can be built.
+    """
     group = ROLES[part.role].name
     try:
         resolved = replace(part, spec=manager.resolve(group, part.id))
         new = manager.alias(group, part.id)
     except RegistryError as error:
-        return None, [id_finding(error, document, part.id_path)]
+        spec = announced(part.role, part.id, manager) if isinstance(error, UnknownIdError) else None
+        if spec is None:
+            return None, [id_finding(error, document, part.id_path)]
+        what = f'"{part.id_path[-1]}" is {show(part.id)}'
+        why = f"{spec.provider} checks the keys of this {ROLES[part.role].noun}, and cannot build it yet"
+        return replace(part, spec=spec), [not_available(document, part.id_path, what, why)]
     if new is None:
         return resolved, []
     text = f"{show(part.id)} is an old id of {show(new)}"
     mend = f"Write {show(new)} instead"
     origin = document.origin(part.id_path)
     return resolved, [Finding.at(origin, "warning", "old-id", text, path=part.id_path, suggestion=mend)]
+
+
+def announced(role: str, id: str, manager: PluginManager) -> EntrySpec | None:
+    """Return the entry of a config class as that of the component which it describes, or None. To be asked for an id
+    that no distribution offers: its section can be checked then, but nothing can be built from it.
+    """
+    try:
+        spec = manager.find("mm_core.configs", f"{role}/{id}")
+    except RegistryError:
+        return None
+    return None if spec is None else spec._replace(id=id, group=ROLES[role].name)
 
 
 def id_finding(error: RegistryError, document: Document, path: KeyPath) -> Finding:

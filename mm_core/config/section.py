@@ -13,8 +13,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from mm_core.config.document import Document
-from mm_core.config.findings import Finding, clip, has_errors, show
-from mm_core.config.keys import Legacy, NoEffect
+from mm_core.config.findings import NOT_AVAILABLE, Finding, clip, has_errors, show
+from mm_core.config.keys import Legacy, NoEffect, NotYet
 from mm_core.config.messages import describe_errors
 from mm_core.config.origin import KeyPath, dotted
 
@@ -91,8 +91,10 @@ class SectionModel(BaseModel):
         return result
 
     def effective(self) -> dict[str, Any]:
-        """Return the fields that do something, as plain data (nested sections as dicts), defaults
-        included.
+        """Return the fields that do something, as plain data (nested sections as dicts), defaults included.
+
+        A field that is not available yet is left out while it asks for nothing (null, false, empty): a constructor
+        need not know it.
         """
         return _effective(self)
 
@@ -131,7 +133,9 @@ def check_section(
     try:
         section = cls.model_validate(data)
     except ValidationError as error:
-        findings += describe_errors(error, cls, data, document, path, label, also_known)
+        errors = describe_errors(error, cls, data, document, path, label, also_known)
+        wrong = {finding.path for finding in errors}  # what is wrong is said of a value, and nothing else
+        findings = [finding for finding in findings if finding.path not in wrong] + errors
     except Exception as error:  # noqa: BLE001 - a validator of a plugin may raise anything
         text = f"{label} cannot be checked: {cls.__module__}.{cls.__qualname__} failed, {_told(error)}"
         mend = "This is a defect of the config class rather than of the file; tell its distribution"
@@ -217,7 +221,9 @@ def _walk_value(
 
 
 def _marked_keys(cls: type[BaseModel], data: Any, document: Document, path: KeyPath) -> Iterator[Finding]:
-    """Yield a note for each key without effect and a warning for each legacy spelling that is written."""
+    """Yield a note for each key without effect that is written, and a warning for each legacy spelling and each
+    value that is not available yet.
+    """
     for section, values, where in walk_sections(cls, data, path):
         for key, value in values.items():
             field = section.model_fields.get(key)
@@ -226,21 +232,49 @@ def _marked_keys(cls: type[BaseModel], data: Any, document: Document, path: KeyP
             place = (*where, key)
             origin = document.key_origin(place)
             for mark in markers(field, NoEffect):
-                if not any(type(value) is type(quiet) and value == quiet for quiet in mark.quiet_for):
+                quiet = any(type(value) is type(quiet) and value == quiet for quiet in mark.quiet_for)
+                if not quiet and mark.holds(section, values):
                     text = f'"{key}" has no effect here: {mark.reason}'
                     yield Finding.at(origin, "note", "no-effect", text, path=place)
+            for later in markers(field, NotYet):
+                if not later.accepts(value) and not later.idle(section, values):
+                    # A whole section says nothing that its key does not.
+                    shown = "" if isinstance(value, Mapping) else f" is {show(value, place)}"
+                    what = f'"{key}"{shown}'
+                    yield not_available(document, place, what, later.reason, _available(later.values))
             for old in markers(field, Legacy):
                 if value is not None:
                     text = f'"{key}" is an old spelling of "{old.new}"'
-                    mend = f'Write "{old.new}": {show(value)}'
+                    mend = f'Write "{old.new}": {show(value, place)}'
                     yield Finding.at(origin, "warning", "legacy-key", text, path=place, suggestion=mend)
+
+
+def _available(values: tuple[Any, ...]) -> str:
+    """How to mend a value that is not available yet."""
+    shown = [show(value) for value in values if value is not None and value != ()]
+    return f"Available: {', '.join(shown)}" if shown else "It runs without the key"
+
+
+def not_available(document: Document, path: KeyPath, what: str, reason: str, suggestion: str = "") -> Finding:
+    """Return the warning that something which is right in the file cannot be done by this version.
+
+    In a job it becomes an error: `findings.unavailable_is_error`.
+    """
+    text = f"{what}: {reason}; this version cannot run it"
+    origin = document.origin(path)
+    return Finding.at(origin, "warning", NOT_AVAILABLE, text, path=path, suggestion=suggestion)
 
 
 def _effective(section: BaseModel) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    for name, field in type(section).model_fields.items():
-        if not markers(field, NoEffect) and not markers(field, Legacy):
-            result[name] = _plain(getattr(section, name))
+    cls, values = type(section), dict(section)
+    for name, value in values.items():
+        field = cls.model_fields[name]
+        if markers(field, Legacy) or any(idle.holds(cls, values) for idle in markers(field, NoEffect)):
+            continue
+        if markers(field, NotYet) and not value:
+            continue
+        result[name] = _plain(value)
     return result
 
 

@@ -67,7 +67,7 @@ def check_signature(
             origin = document.key_origin(path)
             yield Finding.at(origin, "error", "unknown-key", text, path=path, suggestion=mend)
         elif (expected := _mismatch(value, parameter.annotation)) is not None:
-            text = f'"{key}" is {show(value)}, expected {expected}'
+            text = f'"{key}" is {show(value, path)}, expected {expected}'
             yield Finding.at(document.origin(path), "error", "wrong-type", text, path=path)
     for parameter in signature.parameters.values():
         if parameter.required and parameter.name not in section:

@@ -21,7 +21,11 @@ class TextMethod(SectionModel):
             "spaces; lower or lowercase: lower case."
         ),
     ]
-    param: Annotated[dict[str, Any] | None, Only(None, {}, reason="the method takes no parameters")] = None
+    param: Annotated[
+        dict[str, Any] | None,
+        Only(None, {}, reason="the method takes no parameters"),
+        Field(description="Its parameters."),
+    ] = None
 
 
 #: One step, or several in their order.

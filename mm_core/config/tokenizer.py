@@ -18,6 +18,7 @@ class TokenizerConfig(SectionModel):
     hub_backend: Annotated[
         Literal["hf", "modelscope", "om"] | None,
         NoEffect("nothing is downloaded; from_pretrained names a local folder", quiet_for=("hf", None)),
+        Field(description="Hub that a name would be looked up in."),
     ] = None
     from_pretrained: Annotated[str, Field(min_length=1, description="Folder of the tokenizer.")]
     model_max_length: Annotated[

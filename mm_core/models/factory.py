@@ -150,7 +150,10 @@ def _build_encoder(cls: Any, component: ComponentConfig, device: torch.device) -
         # afterwards.
         module = cls.from_pretrained(component.from_pretrained, dtype=dtype, **fields)
     elif component.init == "random" or not can_load:
-        with torch.device("cpu"), _fixed_generator(_encoder_seed(component)):
+        with (
+            torch.device("meta" if device.type == "meta" else "cpu"),
+            _fixed_generator(_encoder_seed(component)),
+        ):
             module = _construct(cls, component).to(dtype)
         if component.init == "random" and any(True for _ in module.parameters()):
             logger.info("%s has random weights, as its section asks", label)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from mm_core.models.skeleton import build_skeleton, collecting
 from mm_core.weights import StateDictAdapter, find_adapter, load_hf_folder
 from mm_core.weights.adapter import problems_of
 from mm_registry.errors import UserError
@@ -51,6 +52,8 @@ def load_pretrained(
             f"{what}: {str(folder)!r} holds no *.safetensors file; pickled weights (.bin, .pt) are not "
             "read, convert them first"
         )
+    if collecting():
+        return build_skeleton(cls, path, dtype=dtype, what=what)
     loader: Any = cls
     arguments: dict[str, Any] = {
         "local_files_only": True,
@@ -97,7 +100,7 @@ def load_predictor_folder(
     adapter = None if component is None else find_adapter(component)
     # A predictor may be one of two experts, each in a section of its own name.
     where = ".".join(map(str, component.path)) if component is not None and component.path else "predictor"
-    differences = _differences(module, path / "config.json", adapter, component)
+    differences = folder_differences(module, path / "config.json", adapter, component)
     if differences:
         raise UserError(
             f"{where}: the section does not describe the network in {str(folder)!r}: {'; '.join(differences)}"
@@ -105,13 +108,20 @@ def load_predictor_folder(
     load_hf_folder(module, path, adapter)
 
 
-def _differences(
+def folder_differences(
     module: torch.nn.Module,
     file: Path,
     adapter: StateDictAdapter | None,
     component: ComponentConfig | None,
 ) -> list[str]:
-    """What a folder's config.json says otherwise than module and section; nothing if there is none."""
+    """Say what a folder's config.json describes otherwise than module and section; nothing if there is none.
+
+    Args:
+        file: the config.json.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     check = getattr(module, "check_pretrained_config", None)
     if not file.is_file() or (adapter is None and not callable(check)):
         return []

@@ -18,20 +18,36 @@ Steps = Annotated[int, Field(ge=1, le=100_000)]
 class SamplerConfig(SectionModel):
     """Keys that every sampling scheduler has."""
 
-    num_train_timesteps: Steps = 1000
-    num_train_steps: Annotated[Steps | None, Legacy("num_train_timesteps")] = None
-    num_inference_steps: Steps | None = None
-    guidance_scale: float | tuple[float, float] = 0.0
-    """Classifier-free guidance, without at 0 or 1; two numbers are for the high-noise and the low-noise
-    expert.
-    """
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: bool = False
-    use_beta_sigmas: bool = False
-    use_dynamic_shifting: Annotated[
-        bool, Only(False, reason="no pipeline here gives the shift for each resolution that it needs")
+    num_train_timesteps: Annotated[
+        Steps, Field(description="Points of the training grid; timesteps are sigma times this.")
+    ] = 1000
+    num_train_steps: Annotated[
+        Steps | None,
+        Legacy("num_train_timesteps"),
+        Field(description="What MindSpeed-MM's examples write and its scheduler ignores."),
+    ] = None
+    num_inference_steps: Annotated[
+        Steps | None, Field(description="Denoising steps, unless --num-inference-steps says.")
+    ] = None
+    guidance_scale: Annotated[
+        float | tuple[float, float],
+        Field(
+            description="Classifier-free guidance, none up to 1; two numbers are for the high-noise and the low-noise expert."
+        ),
+    ] = 0.0
+    use_karras_sigmas: Annotated[bool, Field(description="Space sigmas as Karras et al. (2022) do.")] = False
+    use_exponential_sigmas: Annotated[
+        bool, Field(description="Space sigmas evenly on a logarithmic scale.")
     ] = False
-    shift_terminal: float | None = None
+    use_beta_sigmas: Annotated[bool, Field(description="Space sigmas by a beta distribution.")] = False
+    use_dynamic_shifting: Annotated[
+        bool,
+        Only(False, reason="no pipeline here gives the shift for each resolution that it needs"),
+        Field(description="Shift sigmas by the size of the video."),
+    ] = False
+    shift_terminal: Annotated[
+        float | None, Field(description="Stretch the grid so that its last sigma is this.")
+    ] = None
 
     @model_validator(mode="after")
     def _check_one_spacing(self) -> SamplerConfig:
@@ -48,41 +64,106 @@ class SamplerConfig(SectionModel):
 class UniPCMultistepConfig(SamplerConfig):
     """`diffusion` with `model_id: UniPCMultistepScheduler`."""
 
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    trained_betas: list[float] | None = None
-    solver_order: PositiveInt = 2
-    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon"
-    thresholding: bool = False
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
-    predict_x0: bool = True
-    solver_type: Literal["bh1", "bh2"] = "bh2"
-    lower_order_final: bool = True
-    disable_corrector: list[int] = Field(default_factory=list)
-    solver_p: Annotated[Any, Only(None, reason="a scheduler object cannot stand in a file")] = None
-    use_flow_sigmas: bool = False
-    flow_shift: Annotated[float, Field(gt=0.0)] = 1.0
-    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
-    steps_offset: int = 0
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    rescale_betas_zero_snr: bool = False
-    time_shift_type: Literal["exponential"] = "exponential"
-    sigma_min: float | None = None
-    sigma_max: float | None = None
+    beta_start: Annotated[
+        float, Field(description="First beta of the noise schedule; without use_flow_sigmas.")
+    ] = 0.0001
+    beta_end: Annotated[
+        float, Field(description="Last beta of the noise schedule; without use_flow_sigmas.")
+    ] = 0.02
+    beta_schedule: Annotated[
+        Literal["linear", "scaled_linear", "squaredcos_cap_v2"],
+        Field(description="How betas go from the first to the last."),
+    ] = "linear"
+    trained_betas: Annotated[
+        list[float] | None, Field(description="All betas; instead of beta_start, beta_end and beta_schedule.")
+    ] = None
+    solver_order: Annotated[
+        PositiveInt, Field(description="Order of the solver; 2 is advised with guidance, 3 without.")
+    ] = 2
+    prediction_type: Annotated[
+        Literal["epsilon", "sample", "v_prediction", "flow_prediction"],
+        Field(description="What the model predicts; Wan needs flow_prediction."),
+    ] = "epsilon"
+    thresholding: Annotated[
+        bool, Field(description="Clip predicted samples by a quantile; for models of pixels, not of latents.")
+    ] = False
+    dynamic_thresholding_ratio: Annotated[float, Field(description="That quantile.")] = 0.995
+    sample_max_value: Annotated[float, Field(description="Largest bound of thresholding.")] = 1.0
+    predict_x0: Annotated[
+        bool, Field(description="Update by the predicted sample rather than by the noise.")
+    ] = True
+    solver_type: Annotated[
+        Literal["bh1", "bh2"],
+        Field(description="Form of the solver's step; bh2 is advised from 10 steps on."),
+    ] = "bh2"
+    lower_order_final: Annotated[
+        bool, Field(description="Lower the order in the last steps, for fewer than 15 steps.")
+    ] = True
+    disable_corrector: Annotated[
+        list[int], Field(description="Steps without the corrector, counted from 0.")
+    ] = Field(default_factory=list)
+    solver_p: Annotated[
+        Any,
+        Only(None, reason="a scheduler object cannot stand in a file"),
+        Field(description="Scheduler that predicts, in place of UniP."),
+    ] = None
+    use_flow_sigmas: Annotated[bool, Field(description="Use the sigmas of flow matching; Wan needs it.")] = (
+        False
+    )
+    flow_shift: Annotated[
+        Annotated[float, Field(gt=0.0)],
+        Field(description="Shift of those sigmas towards noise: shift·s / (1 + (shift − 1)·s)."),
+    ] = 1.0
+    timestep_spacing: Annotated[
+        Literal["linspace", "leading", "trailing"],
+        Field(description="How the steps are chosen from the training grid."),
+    ] = "linspace"
+    steps_offset: Annotated[int, Field(description="Added to the timesteps, for `leading`.")] = 0
+    final_sigmas_type: Annotated[
+        Literal["zero", "sigma_min"],
+        Field(description="Last sigma: zero, or that of the last training step."),
+    ] = "zero"
+    rescale_betas_zero_snr: Annotated[
+        bool, Field(description="Rescale betas so that the first step is pure noise.")
+    ] = False
+    time_shift_type: Annotated[
+        Literal["exponential"],
+        Field(description="Form of the shift that depends on the resolution; diffusers'."),
+    ] = "exponential"
+    sigma_min: Annotated[
+        float | None, Field(description="Smallest sigma, for Karras' spacing and its like.")
+    ] = None
+    sigma_max: Annotated[
+        float | None, Field(description="Largest sigma, for Karras' spacing and its like.")
+    ] = None
 
 
 class FlowMatchEulerDiscreteConfig(SamplerConfig):
     """`diffusion` with `model_id: FlowMatchEulerDiscreteScheduler`."""
 
-    shift: Annotated[float, Field(gt=0.0)] = 1.0
-    base_shift: float | None = 0.5
-    max_shift: float | None = 1.15
-    base_image_seq_len: PositiveInt = 256
-    max_image_seq_len: PositiveInt = 4096
+    shift: Annotated[
+        Annotated[float, Field(gt=0.0)],
+        Field(description="Shift of the sigmas towards noise: shift·s / (1 + (shift − 1)·s)."),
+    ] = 1.0
+    base_shift: Annotated[
+        float | None, Field(description="Shift at the smallest image; of use_dynamic_shifting.")
+    ] = 0.5
+    max_shift: Annotated[
+        float | None, Field(description="Shift at the largest image; of use_dynamic_shifting.")
+    ] = 1.15
+    base_image_seq_len: Annotated[
+        PositiveInt, Field(description="Tokens of the smallest image; of use_dynamic_shifting.")
+    ] = 256
+    max_image_seq_len: Annotated[
+        PositiveInt, Field(description="Tokens of the largest image; of use_dynamic_shifting.")
+    ] = 4096
     invert_sigmas: Annotated[
-        bool, Only(False, reason="sigma is the share of noise here; the reverse belongs to other models")
+        bool,
+        Only(False, reason="sigma is the share of noise here; the reverse belongs to other models"),
+        Field(description="Let sigmas ascend."),
     ] = False
-    time_shift_type: Literal["exponential", "linear"] = "exponential"
-    stochastic_sampling: bool = False
+    time_shift_type: Annotated[
+        Literal["exponential", "linear"],
+        Field(description="Form of the shift that depends on the resolution; diffusers'."),
+    ] = "exponential"
+    stochastic_sampling: Annotated[bool, Field(description="Add fresh noise in each step.")] = False

@@ -24,59 +24,86 @@ class T5NetworkConfig(SectionModel):
     value.
     """
 
-    vocab_size: Vocabulary | None = None
-    d_model: Width | None = None
-    d_kv: Width | None = None
-    d_ff: Width | None = None
-    num_layers: Layers | None = None
-    num_heads: Heads | None = None
-    relative_attention_num_buckets: Width | None = None
-    relative_attention_max_distance: Tokens | None = None
-    dropout_rate: Rate | None = None
-    layer_norm_epsilon: Annotated[float, Field(gt=0.0)] | None = None
-    initializer_factor: Annotated[float, Field(gt=0.0)] | None = None
-    feed_forward_proj: Literal["relu", "gated-gelu", "gated-silu"] | None = None
-    pad_token_id: TokenId | None = None
-    eos_token_id: TokenId | None = None
+    vocab_size: Annotated[Vocabulary | None, Field(description="Tokens of the vocabulary.")] = None
+    d_model: Annotated[Width | None, Field(description="Width, and that of the embeddings.")] = None
+    d_kv: Annotated[Width | None, Field(description="Width of one attention head.")] = None
+    d_ff: Annotated[Width | None, Field(description="Width inside the feed-forward layers.")] = None
+    num_layers: Annotated[Layers | None, Field(description="Layers.")] = None
+    num_heads: Annotated[Heads | None, Field(description="Attention heads.")] = None
+    relative_attention_num_buckets: Annotated[
+        Width | None, Field(description="Buckets of relative positions.")
+    ] = None
+    relative_attention_max_distance: Annotated[
+        Tokens | None, Field(description="Distance in tokens from which positions share the last bucket.")
+    ] = None
+    dropout_rate: Annotated[Rate | None, Field(description="Dropout; a frozen encoder applies none.")] = None
+    layer_norm_epsilon: Annotated[
+        Annotated[float, Field(gt=0.0)] | None, Field(description="Added inside the norms.")
+    ] = None
+    initializer_factor: Annotated[
+        Annotated[float, Field(gt=0.0)] | None, Field(description="Factor of the random weights' spread.")
+    ] = None
+    feed_forward_proj: Annotated[
+        Literal["relu", "gated-gelu", "gated-silu"] | None,
+        Field(description="Activation of the feed-forward layers."),
+    ] = None
+    pad_token_id: Annotated[TokenId | None, Field(description="Id of the padding token.")] = None
+    eos_token_id: Annotated[TokenId | None, Field(description="Id of the token that ends a text.")] = None
 
 
 class CLIPTextNetworkConfig(SectionModel):
     """`text_encoder.config` of CLIP and CLIPWithProjection: fields of transformers' CLIPTextConfig."""
 
-    vocab_size: Vocabulary | None = None
-    hidden_size: Width | None = None
-    intermediate_size: Width | None = None
-    projection_dim: Width | None = None
-    num_hidden_layers: Layers | None = None
-    num_attention_heads: Heads | None = None
-    max_position_embeddings: Tokens | None = None
-    hidden_act: str | None = None
-    layer_norm_eps: Annotated[float, Field(gt=0.0)] | None = None
-    attention_dropout: Rate | None = None
-    initializer_range: Annotated[float, Field(gt=0.0)] | None = None
-    initializer_factor: Annotated[float, Field(gt=0.0)] | None = None
-    pad_token_id: TokenId | None = None
-    bos_token_id: TokenId | None = None
-    eos_token_id: TokenId | None = None
+    vocab_size: Annotated[Vocabulary | None, Field(description="Tokens of the vocabulary.")] = None
+    hidden_size: Annotated[Width | None, Field(description="Width.")] = None
+    intermediate_size: Annotated[Width | None, Field(description="Width inside the feed-forward layers.")] = (
+        None
+    )
+    projection_dim: Annotated[Width | None, Field(description="Width of the projected embedding.")] = None
+    num_hidden_layers: Annotated[Layers | None, Field(description="Layers.")] = None
+    num_attention_heads: Annotated[Heads | None, Field(description="Attention heads.")] = None
+    max_position_embeddings: Annotated[Tokens | None, Field(description="Tokens of the longest text.")] = None
+    hidden_act: Annotated[str | None, Field(description="Activation, by transformers' name.")] = None
+    layer_norm_eps: Annotated[
+        Annotated[float, Field(gt=0.0)] | None, Field(description="Added inside the norms.")
+    ] = None
+    attention_dropout: Annotated[
+        Rate | None, Field(description="Dropout; a frozen encoder applies none.")
+    ] = None
+    initializer_range: Annotated[
+        Annotated[float, Field(gt=0.0)] | None, Field(description="Spread of the random weights.")
+    ] = None
+    initializer_factor: Annotated[
+        Annotated[float, Field(gt=0.0)] | None, Field(description="Factor of the random weights' spread.")
+    ] = None
+    pad_token_id: Annotated[TokenId | None, Field(description="Id of the padding token.")] = None
+    bos_token_id: Annotated[TokenId | None, Field(description="Id of the token that begins a text.")] = None
+    eos_token_id: Annotated[TokenId | None, Field(description="Id of the token that ends a text.")] = None
 
 
 class TextEncoderConfig(SectionModel):
     """Keys that every text encoder has."""
 
-    use_attention_mask: bool = True
-    hidden_state_skip_layer: Annotated[int, Field(ge=0)] | None = None
-    """Which hidden state from the end, 0 the last; for `output_key: hidden_states` and for nothing else."""
+    use_attention_mask: Annotated[bool, Field(description="Give the encoder the prompt's mask.")] = True
+    hidden_state_skip_layer: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        Field(description="For output_key hidden_states: which state, counted from the end; 0 is the last."),
+    ] = None
     ucg_rate: Annotated[
         float | None,
         Only(None, 0.0, reason="captions are dropped where they are read, by the dataset's cfg"),
+        Field(description="Probability of leaving out a caption."),
     ] = None
     using_kwargs: Annotated[
         list[str] | dict[str, Any] | None,
         Only(None, reason="the encoder is given ids and mask, which every one of these models reads"),
+        Field(description="What else the encoder is given."),
     ] = None
-    load_in_8bit: Annotated[bool, NoEffect("the encoder runs in the section's dtype", quiet_for=(False,))] = (
-        False
-    )
+    load_in_8bit: Annotated[
+        bool,
+        NoEffect("the encoder runs in the section's dtype", quiet_for=(False,)),
+        Field(description="Hold the weights in eight bits."),
+    ] = False
 
     @model_validator(mode="after")
     def _check_skip_layer(self) -> TextEncoderConfig:
@@ -93,20 +120,36 @@ class TextEncoderConfig(SectionModel):
 class T5Config(TextEncoderConfig):
     """`text_encoder` with `model_id` T5, MT5 or UMT5."""
 
-    output_key: Literal["last_hidden_state", "hidden_states"] = "last_hidden_state"
-    config: T5NetworkConfig | None = None
-    """The network, for `init: random`; a pretrained folder brings its own."""
+    output_key: Annotated[
+        Literal["last_hidden_state", "hidden_states"], Field(description="Which output is the embedding.")
+    ] = "last_hidden_state"
+    config: Annotated[
+        T5NetworkConfig | None,
+        Field(description="The network, for init: random; a pretrained folder brings its own."),
+    ] = None
 
 
 class CLIPConfig(TextEncoderConfig):
     """`text_encoder` with `model_id: CLIP`."""
 
-    output_key: Literal["last_hidden_state", "hidden_states", "pooler_output"] = "last_hidden_state"
-    config: CLIPTextNetworkConfig | None = None
+    output_key: Annotated[
+        Literal["last_hidden_state", "hidden_states", "pooler_output"],
+        Field(description="Which output is the embedding."),
+    ] = "last_hidden_state"
+    config: Annotated[
+        CLIPTextNetworkConfig | None,
+        Field(description="The network, for init: random; a pretrained folder brings its own."),
+    ] = None
 
 
 class CLIPWithProjectionConfig(TextEncoderConfig):
     """`text_encoder` with `model_id: CLIPWithProjection`."""
 
-    output_key: Literal["last_hidden_state", "hidden_states", "text_embeds"] = "last_hidden_state"
-    config: CLIPTextNetworkConfig | None = None
+    output_key: Annotated[
+        Literal["last_hidden_state", "hidden_states", "text_embeds"],
+        Field(description="Which output is the embedding."),
+    ] = "last_hidden_state"
+    config: Annotated[
+        CLIPTextNetworkConfig | None,
+        Field(description="The network, for init: random; a pretrained folder brings its own."),
+    ] = None

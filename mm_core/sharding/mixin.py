@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,14 +95,15 @@ class FSDP2Mixin:
     def _fully_shard(self, fsdp2_kwargs: dict[str, Any], fsdp2_config: Fsdp2Config) -> None:
         """Apply the plans.
 
-        A part that brings its own `fully_shard` is asked first; a true answer means that it did the work.
+        A part that brings its own `fully_shard(process_group, fsdp2_config_path)` is asked first, as MindSpeed's
+        `TorchFullyShardedDataParallel` asks; a true answer means that it did the work.
         """
         model = _module(self)
         mesh: DeviceMesh = fsdp2_kwargs["mesh"]
         for path, plan in self.sharding_plans.items():
             root = model.get_submodule(path)
-            own = getattr(root, "fully_shard", None) if path else None
-            if callable(own) and own(_group_of(mesh), _relative_to(path, fsdp2_config)):
+            brings_own = path and callable(getattr(root, "fully_shard", None))
+            if brings_own and _shards_itself(root, mesh, _relative_to(path, fsdp2_config)):
                 log.info("%s sharded itself.", path)
                 continue
             apply_plan(root, plan, mesh)
@@ -142,9 +144,36 @@ def _module(model: Any) -> nn.Module:
     return model
 
 
-def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """The group that a mesh was made from, if it is one; a 2-D mesh is made anew from all ranks."""
-    return mesh.get_group() if mesh.ndim == 1 else None
+def _shards_itself(part: Any, mesh: DeviceMesh, config: Fsdp2Config) -> bool:
+    """Call a part's own `fully_shard` as MindSpeed does: by these two names, the second being a path.
+
+    A part of ours takes the configuration as an object; one that was written for MindSpeed gets a file of it, whose
+    patterns begin at the part.
+    """
+    group = _group_of(mesh)
+    if isinstance(part, FSDP2Mixin):
+        return part.fully_shard(process_group=group, fsdp2_config_path=config)
+    import yaml
+
+    with tempfile.TemporaryDirectory(prefix="mmzoo-fsdp2-") as folder:
+        path = Path(folder) / "fsdp2.yaml"
+        # What is absent MindSpeed reads as 1: it would shard nothing.
+        written = {"sharding_size": config.sharding_size or "auto"}
+        written |= config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+        path.write_text(yaml.safe_dump(written), encoding="utf-8")
+        return bool(part.fully_shard(process_group=group, fsdp2_config_path=str(path)))
+
+
+def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh. Each of them calls this."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    ranks = mesh.mesh.flatten().tolist()
+    if len(ranks) == dist.get_world_size():
+        world = dist.group.WORLD
+        assert world is not None
+        return world
+    return dist.new_group(ranks, use_local_synchronization=True)
 
 
 def _relative_to(prefix: str, config: Fsdp2Config) -> Fsdp2Config:

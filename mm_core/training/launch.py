@@ -21,6 +21,7 @@ from typing import IO
 import torch
 
 from mm_core.config import TrainFlags
+from mm_core.config.environment import launched, read
 from mm_core.training.stop import EXIT_TERMINATED
 from mm_registry.errors import UserError
 
@@ -31,12 +32,12 @@ _TOLD_BY_ALL = (2, 130)  # a user's mistake, Ctrl-C: what every rank meets by it
 
 def started_by_launcher() -> bool:
     """Whether torchrun, SLURM's srun with torchrun's variables, or we ourselves already set the rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return launched()
 
 
 def die_with_parent() -> None:
     """In a child of ours: ask the kernel to kill this process when the parent goes (Linux)."""
-    parent = os.environ.get(_PARENT)
+    parent = read(_PARENT)
     if parent is None:
         return
     if sys.platform == "linux":
@@ -53,13 +54,15 @@ def check_launch(flags: TrainFlags) -> None:
             variables are incomplete or no numbers.
     """
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
-        if name in os.environ and other not in os.environ:
+        value = read(name)
+        if value is not None and read(other) is None:
             raise UserError(
-                f"{name}={os.environ[name]} is set in the environment, but {other} is not: each process would train by itself; "
+                f"{name}={value} is set in the environment, but {other} is not: each process would train by itself; "
                 f"set both (torchrun does), or unset {name}."
             )
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
-        value = os.environ.get(name, "0")
+        value = read(name)
+        value = "0" if value is None else value
         if not (value.isascii() and value.isdigit()):
             raise UserError(f"{name}={value} in the environment is no number; torchrun sets it, or unset it.")
     if not started_by_launcher():
@@ -69,9 +72,9 @@ def check_launch(flags: TrainFlags) -> None:
                 "to meet at; or start them with torchrun."
             )
         return
-    if _PARENT in os.environ or flags.nproc_per_node is None:
+    if read(_PARENT) is not None or flags.nproc_per_node is None:
         return
-    local = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
+    local = read("LOCAL_WORLD_SIZE") or read("WORLD_SIZE")
     if str(flags.nproc_per_node) != local:
         raise UserError(
             f"--nproc-per-node {flags.nproc_per_node}: the launcher already started {local} processes on this "
@@ -113,11 +116,11 @@ class LocalRanks:
 
     def __enter__(self) -> LocalRanks:
         variables = self._variables(0)
-        if self.count > 1 and _THREADS not in os.environ:
+        if self.count > 1 and read(_THREADS) is None:
             threads = max(1, (os.cpu_count() or 1) // self.count)
             variables[_THREADS] = str(threads)
             torch.set_num_threads(threads)  # torch read the variable when it was imported
-        self._before = {name: os.environ.get(name) for name in variables}
+        self._before = {name: read(name) for name in variables}
         os.environ.update(variables)
         for local_rank in range(1, self.count):
             # It has no name, so that nothing is left of it, however this process ends.

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from mm_core.config import ConfigError, Finding, TrainingJob
+from mm_core.config.component import ComponentConfig
+from mm_core.config.document import Document
+from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.origin import KeyPath
 from mm_core.models.factory import build_component, sharding_policy
 from mm_core.models.sora import EXPERTS
 from mm_core.sharding import ShardingPlan, ShardingPolicy, build_plans
 from mm_core.sharding.patterns import PlanError
 from mm_core.weights import find_adapter, is_hf_folder, resolve_load
+
+if TYPE_CHECKING:
+    from mm_registry.hooks import ActiveHooks
 
 
 def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
@@ -28,12 +35,70 @@ def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
         UserError: fields that the model refuses, patterns that match nothing, a wrong weights adapter, a `--load`
             without a complete checkpoint.
     """
-    load = job.flags.load
+    check_checkpoint(job.flags.load)
+    predictors = {
+        name: build_on_meta(job.components[name], job.hooks) for name in EXPERTS if name in job.components
+    }
+    for name in predictors:
+        find_adapter(job.components[name])
+    return check_patterns(job.components, predictors, job.fsdp2, job.documents["fsdp2"])
+
+
+def check_checkpoint(load: str | None) -> None:
+    """`--load` must be a folder of weights or have a complete checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
     if load is not None and not is_hf_folder(Path(load)):
         resolve_load(Path(load))
-    # Frozen parts take part in the plan by their names only (`ignored_modules: [ae]`), so placeholders stand in for them.
+
+
+def build_on_meta(component: ComponentConfig, hooks: ActiveHooks | None) -> nn.Module:
+    """Build a predictor without storage.
+
+    Raises:
+        UserError: the class refuses the fields, or cannot be imported.
+    """
+    with torch.no_grad():
+        module: nn.Module = build_component(component, "meta", hooks=hooks)
+    return module
+
+
+def check_patterns(
+    components: Mapping[str, ComponentConfig],
+    predictors: Mapping[str, nn.Module],
+    fsdp2: Fsdp2Config,
+    document: Document,
+) -> dict[str, ShardingPlan]:
+    """Return the sharding plan of each predictor.
+
+    Args:
+        components: of the job; those that are not trained are known by their names only.
+        predictors: by name, on the meta device.
+        document: the sharding file.
+
+    Raises:
+        ConfigError: a pattern of the sharding file does not fit; the finding points at it.
+        UserError: a policy does not fit.
+    """
+    composite = _with_placeholders(components.items())
+    for name, module in predictors.items():
+        composite.add_module(name, module)
+    policies = {name: sharding_policy(components[name]) or ShardingPolicy() for name in predictors}
+    try:
+        return build_plans(predictors, policies, fsdp2, composite)
+    except PlanError as error:
+        finding = _at_its_pattern(error, fsdp2, document)
+        if finding is None:  # a policy or the model itself is to blame
+            raise
+        raise ConfigError([finding]) from error
+
+
+def _with_placeholders(components: Iterable[tuple[str, ComponentConfig]]) -> nn.Module:
+    """Frozen parts take part in the plan by their names only (`ignored_modules: [ae]`)."""
     composite = nn.Module()
-    for name, component in job.components.items():
+    for name, component in components:
         head, _, index = name.partition(".")
         if component.role in ("ae", "text_encoder"):
             if index:
@@ -43,31 +108,17 @@ def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
                 several.append(nn.Identity())
             else:
                 composite.add_module(head, nn.Identity())
-    policies: dict[str, ShardingPolicy] = {}
-    for name in EXPERTS:
-        if name in job.components:
-            with torch.no_grad():
-                composite.add_module(name, build_component(job.components[name], "meta", hooks=job.hooks))
-            policies[name] = sharding_policy(job.components[name]) or ShardingPolicy()
-            find_adapter(job.components[name])
-    roots = {name: composite.get_submodule(name) for name in policies}
-    try:
-        return build_plans(roots, policies, job.fsdp2, composite)
-    except PlanError as error:
-        finding = _at_its_pattern(error, job)
-        if finding is None:  # a policy or the model itself is to blame
-            raise
-        raise ConfigError([finding]) from error
+    return composite
 
 
-def _at_its_pattern(error: PlanError, job: TrainingJob) -> Finding | None:
+def _at_its_pattern(error: PlanError, fsdp2: Fsdp2Config, document: Document) -> Finding | None:
     """The error as a finding at the pattern of fsdp2.yaml that it is about; `None` if it is about none."""
     if error.field is None or error.pattern is None:
         return None
-    patterns: tuple[str, ...] = getattr(job.fsdp2, error.field)
+    patterns: tuple[str, ...] = getattr(fsdp2, error.field)
     path: KeyPath = (error.field, len(patterns) - 1 - patterns[::-1].index(error.pattern))
     return Finding.at(
-        job.documents["fsdp2"].origin(path),
+        document.origin(path),
         "error",
         "bad-pattern",
         error.problem.removesuffix("."),

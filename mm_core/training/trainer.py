@@ -25,6 +25,7 @@ from mm_core.observe.callback import Callback, RunContext, StepRecord
 from mm_core.observe.console import ConsoleProgress, human_count
 from mm_core.observe.metrics import MetricsFile, TensorBoard
 from mm_core.observe.profiler import StaticProfile
+from mm_core.observe.step_log import StepLog
 from mm_core.training.gradients import scale_and_clip
 from mm_core.training.optimizer import build_optimizer
 from mm_core.training.run_folder import RunFolder
@@ -172,7 +173,7 @@ class Trainer:
         return iter(loader)
 
     def _build_callbacks(self) -> list[Callback]:
-        callbacks: list[Callback] = [ConsoleProgress()]
+        callbacks: list[Callback] = [ConsoleProgress(), StepLog(self.flags.global_batch_size)]
         if self.run is not None:
             if self.rank == 0:
                 self.run.cut_metrics(self.step)

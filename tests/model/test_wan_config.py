@@ -60,6 +60,7 @@ def test_autoencoder_fields_fit_its_constructor_and_upstreams() -> None:
     effective = set(WanVideoVAEConfig().effective())
     own = set(inspect.signature(WanVideoVAE.__init__).parameters) - {"self", "model", "architecture"}
     upstream = set(inspect.signature(AutoencoderKLWan.__init__).parameters) - {"self"}
+    own.remove("i2v_processor")  # refused by the constructor; a section that asks for none does not give it
     assert own <= effective
     assert effective - own == upstream - {"scale_factor_temporal", "scale_factor_spatial"}
 
@@ -97,7 +98,9 @@ def test_published_sections_load_and_build() -> None:
 @pytest.mark.parametrize(
     ("cls", "changes", "word"),
     [
-        (WanDiTConfig, {"model_type": "ti2v"}, "image condition"),
+        (WanDiTConfig, {"model_type": "v2v"}, "model_type"),
+        (WanDiTConfig, {"model_type": "wan2.2-i2v"}, "36 for out_dim 16"),
+        (WanDiTConfig, {"model_type": "ti2v", "in_dim": 36}, "in_dim 36 and out_dim 16"),
         (WanDiTConfig, {"qk_norm": False}, "always normalises"),
         (WanDiTConfig, {"hidden_size": 100}, "not divisible by num_heads"),
         (WanDiTConfig, {"num_heads": 32}, "even number of at least 6"),

@@ -32,7 +32,7 @@ _CALLS: Mapping[str, Mapping[str, tuple[int, tuple[str, ...]]]] = {
         "on_step_end": (3, ()),
         "on_train_end": (2, ()),
     },
-    "transformers_model": {"_from_config": (1, ()), "from_pretrained": (1, ())},
+    "transformers_model": {"_from_config": (2, ()), "from_pretrained": (2, ())},
 }
 
 

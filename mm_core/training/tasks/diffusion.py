@@ -89,10 +89,11 @@ class DiffusionTask:
 
 
 def _patch_size(predictor: Any) -> tuple[int, ...]:
-    """Latent frames, rows and columns of one token: the predictor's own `patch_size`, or its config's, where
+    """Latent frames, rows and columns of one token: `patch_size` of the predictor's config, or its own, where
     that says three numbers; else a token for each position.
     """
-    for holder in (predictor, getattr(predictor, "config", None)):
+    # The config first: diffusers' models warn when they are asked for what is in theirs.
+    for holder in (getattr(predictor, "config", None), predictor):
         patch = getattr(holder, "patch_size", None)
         if isinstance(patch, list | tuple) and len(patch) == 3:
             return tuple(patch)

@@ -1,4 +1,5 @@
-"""What a configuration may say about Wan's components. Torch-free: `mm check` and `mm list` import this file.
+"""What a configuration may say about Wan's predictor, schedule and pipeline; `autoencoder_config` has the rest.
+Torch-free: `mm check` and `mm list` import this file.
 
 Field names are MindSpeed-MM's, so that its model files load as they are; `WanDiT`, `WanFlowMatchScheduler`
 and `WanVideoVAE` map them to diffusers' names.
@@ -6,91 +7,168 @@ and `WanVideoVAE` map them to diffusers' names.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from mm_core.config.keys import NoEffect, Only
+from mm_core.config.experts import TrainedSigmas, shifted_sigma
+from mm_core.config.keys import NoEffect, NotYet, Only
 from mm_core.config.section import SectionModel, invalid
+from mm_plugin_wan22.autoencoder_config import (
+    Channels,
+    Layers,
+    PositiveInt,
+    UnitInterval,
+    WanVideoVAEConfig,
+    WanVideoVAETiling,
+    Width,
+)
 
-PositiveInt = Annotated[int, Field(ge=1)]
-# Far above every model there is: a slip of the keyboard is an error here rather than a build without end.
-Width = Annotated[int, Field(ge=1, le=2**18)]
-Channels = Annotated[int, Field(ge=1, le=2**16)]
+__all__ = [
+    "WanDiTConfig",
+    "WanFlowMatchSchedulerConfig",
+    "WanPipelineConfig",
+    "WanVideoVAEConfig",
+    "WanVideoVAETiling",
+]
+
 Tokens = Annotated[int, Field(ge=1, le=2**20)]
 Heads = Annotated[int, Field(ge=1, le=4096)]
-Layers = Annotated[int, Field(ge=1, le=1000)]
 Steps = Annotated[int, Field(ge=1, le=100_000)]
 Side = Annotated[int, Field(ge=1, le=16384)]
-UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
 
 _KERNELS = "the attention backend chooses its own layout and kernels"
 _RECOMPUTE = "recomputation is chosen by recompute_modules in fsdp2.yaml"
+_FPDT = "sequence chunking for long contexts is not applied"
+_ONE_TIMESTEP = (
+    "only a given first frame (ti2v) has a timestep of its own; all other tokens share their sample's, so one "
+    "timestep a sample computes the same"
+)
+#: Types whose input has, beside the noised latents, as many latents of the given frames and a mask of four channels.
+_CONCATENATED = frozenset({"i2v", "flf2v", "wan2.2-i2v"})
+_MASK_CHANNELS = 4
 
 
 class WanDiTConfig(SectionModel):
-    """`predictor` with `model_id: wandit`: the Wan diffusion transformer (Wan et al., 2025), text to
-    video.
+    """`predictor` with `model_id: wandit`: the Wan diffusion transformer (Wan et al., 2025). This version trains and
+    samples text to video.
     """
 
     model_type: Annotated[
-        str,
-        Only(
-            "t2v",
-            "wan2.2-t2v",
-            reason="this version trains text to video; i2v, flf2v, ti2v and wan2.2-i2v "
-            "need an image condition that it does not make",
+        Literal["t2v", "i2v", "flf2v", "ti2v", "wan2.2-t2v", "wan2.2-i2v"],
+        NotYet("t2v", "wan2.2-t2v", reason="the image condition of other types than t2v is not made yet"),
+        Field(
+            description="What the network is given beside the noised latents; `wan2.2-t2v` is the network of `t2v`, "
+            "with two experts."
         ),
     ] = "t2v"
-    patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 2, 2)
-    text_len: Tokens = 512
-    in_dim: Channels = 16
-    hidden_size: Width = 2048
-    ffn_dim: Width = 8192
-    freq_dim: Annotated[int, Field(ge=2, le=2**18, multiple_of=2)] = 256
-    text_dim: Width = 4096
-    out_dim: Channels = 16
-    num_heads: Heads = 16
-    num_layers: Layers = 32
-    qk_norm: Annotated[bool, Only(True, reason="the model always normalises queries and keys")] = True
+    patch_size: Annotated[
+        tuple[PositiveInt, PositiveInt, PositiveInt],
+        Field(description="Latent frames, rows and columns of one token."),
+    ] = (1, 2, 2)
+    text_len: Annotated[Tokens, Field(description="Tokens of a prompt.")] = 512
+    in_dim: Annotated[
+        Channels,
+        Field(
+            description="Channels of the input: the latents', or for `i2v`, `flf2v` and `wan2.2-i2v` twice as many "
+            "and a mask's four."
+        ),
+    ] = 16
+    hidden_size: Annotated[Width, Field(description="Width of a token, a multiple of `num_heads`.")] = 2048
+    ffn_dim: Annotated[Width, Field(description="Width inside the feed-forward layers.")] = 8192
+    freq_dim: Annotated[
+        int, Field(ge=2, le=2**18, multiple_of=2, description="Width of the timestep's sinusoidal embedding.")
+    ] = 256
+    text_dim: Annotated[Width, Field(description="Width of the text encoder's output.")] = 4096
+    out_dim: Annotated[Channels, Field(description="Channels of the output: those of the latents.")] = 16
+    num_heads: Annotated[Heads, Field(description="Attention heads.")] = 16
+    num_layers: Annotated[Layers, Field(description="Transformer blocks.")] = 32
+    qk_norm: Annotated[
+        bool,
+        Only(True, reason="the model always normalises queries and keys"),
+        Field(description="Normalise queries and keys."),
+    ] = True
     qk_norm_type: Annotated[
-        str, Only("rmsnorm", reason="the model's query and key norm is an RMSNorm over all heads")
+        str,
+        Only("rmsnorm", reason="the model's query and key norm is an RMSNorm over all heads"),
+        Field(description="Kind of that norm."),
     ] = "rmsnorm"
-    cross_attn_norm: bool = True
-    eps: Annotated[float, Field(gt=0.0)] = 1e-6
-    max_seq_len: Tokens = 1024
+    cross_attn_norm: Annotated[
+        bool,
+        Field(
+            description="Normalise the input of cross attention. MindSpeed-MM always does, whatever is written."
+        ),
+    ] = True
+    eps: Annotated[float, Field(gt=0.0, description="Added to variances in norms.")] = 1e-6
+    max_seq_len: Annotated[
+        Tokens, Field(description="Positions of rotary embedding along each axis, in tokens.")
+    ] = 1024
 
-    img_dim: Annotated[int, NoEffect("only Wan2.1's image-conditioned models embed CLIP image features")] = (
-        1280
-    )
-    clip_token_len: Annotated[int, NoEffect("only first-last-frame models embed CLIP image features")] = 257
+    img_dim: Annotated[
+        int,
+        NoEffect("only Wan2.1's image-conditioned models embed CLIP image features"),
+        Field(description="Width of CLIP's image features."),
+    ] = 1280
+    clip_token_len: Annotated[
+        int,
+        NoEffect("only first-last-frame models embed CLIP image features"),
+        Field(description="Tokens of CLIP's image features."),
+    ] = 257
     seperated_timestep: Annotated[
         bool,
-        NoEffect(
-            "every token of a text-to-video sample has that sample's timestep, so one timestep a sample "
-            "computes the same",
-            quiet_for=(False,),
-        ),
+        NoEffect(_ONE_TIMESTEP, quiet_for=(False,)),
+        Field(description="A timestep for each token (the spelling is MindSpeed-MM's)."),
     ] = False
     pipeline_num_layers: Annotated[
-        list[int] | None, NoEffect("layers are sharded by FSDP2, not cut into pipeline stages")
+        list[int] | list[list[int]] | None,
+        NoEffect("layers are sharded by FSDP2, not cut into pipeline stages"),
+        Field(description="Blocks of each pipeline stage."),
     ] = None
-    fa_layout: Annotated[str, NoEffect(_KERNELS)] = "bnsd"
-    use_fused_rmsnorm: Annotated[bool, NoEffect("torch's own RMSNorm is used", quiet_for=(False,))] = False
+    fa_layout: Annotated[
+        str, NoEffect(_KERNELS), Field(description="Order of axes in Ascend's fused attention.")
+    ] = "bnsd"
+    use_fused_rmsnorm: Annotated[
+        bool,
+        NoEffect("torch's own RMSNorm is used", quiet_for=(False,)),
+        Field(description="Use Ascend's fused RMSNorm."),
+    ] = False
     attention_async_offload: Annotated[
-        bool, NoEffect("activations are kept or recomputed, not offloaded", quiet_for=(False,))
+        bool,
+        NoEffect("activations are kept or recomputed, not offloaded", quiet_for=(False,)),
+        Field(description="Move activations of attention to host memory until backward."),
     ] = False
     fp32_calculate: Annotated[
-        bool, NoEffect("norms and modulation always compute in fp32", quiet_for=(True,))
+        bool,
+        NoEffect("norms and modulation always compute in fp32", quiet_for=(True,)),
+        Field(description="Compute norms and modulation in fp32."),
     ] = True
-    recompute_granularity: Annotated[str | None, NoEffect(_RECOMPUTE)] = None
-    recompute_method: Annotated[str | None, NoEffect(_RECOMPUTE)] = None
-    recompute_num_layers: Annotated[int | None, NoEffect(_RECOMPUTE)] = None
+    recompute_granularity: Annotated[
+        str | None, NoEffect(_RECOMPUTE), Field(description="Megatron's choice of what is computed again.")
+    ] = None
+    recompute_method: Annotated[
+        str | None, NoEffect(_RECOMPUTE), Field(description="Megatron's way of choosing those layers.")
+    ] = None
+    recompute_num_layers: Annotated[
+        int | None, NoEffect(_RECOMPUTE), Field(description="How many layers are computed again.")
+    ] = None
+    distribute_saved_activations: Annotated[
+        bool,
+        NoEffect("activations stay on the rank that made them", quiet_for=(False,)),
+        Field(description="Share saved activations among tensor-parallel ranks."),
+    ] = False
     FPDT: Annotated[
-        bool, NoEffect("sequence chunking for long contexts is not applied", quiet_for=(False,))
+        bool, NoEffect(_FPDT, quiet_for=(False,)), Field(description="Attend to long sequences in chunks.")
+    ] = False
+    FPDT_chunk_number: Annotated[
+        int | None, NoEffect(_FPDT), Field(description="Number of those chunks.")
+    ] = None
+    FPDT_with_offload: Annotated[
+        bool, NoEffect(_FPDT, quiet_for=(False,)), Field(description="Keep idle chunks in host memory.")
     ] = False
     vae_scale_factor: Annotated[
-        list[int] | None, NoEffect("the factors are those of the autoencoder itself")
+        list[int] | None,
+        NoEffect("the factors are those of the autoencoder itself"),
+        Field(description="Compression of the autoencoder in time, height and width."),
     ] = None
 
     @model_validator(mode="after")
@@ -108,34 +186,78 @@ class WanDiTConfig(SectionModel):
                 f"hidden_size / num_heads is {head_dim}: rotary embedding of three axes needs an even "
                 "number of at least 6",
             )
-        if self.in_dim != self.out_dim:
+        self._check_channels()
+        return self
+
+    def _check_channels(self) -> None:
+        if self.model_type in _CONCATENATED:
+            wanted = 2 * self.out_dim + _MASK_CHANNELS
+            if self.in_dim != wanted:
+                raise invalid(
+                    "in_dim",
+                    f"in_dim {self.in_dim} does not fit model_type {self.model_type}, which reads the noised latents, "
+                    f"as many of the given frames and a mask of {_MASK_CHANNELS} channels: {wanted} for out_dim "
+                    f"{self.out_dim}",
+                )
+        elif self.in_dim != self.out_dim:
             raise invalid(
                 "out_dim",
-                f"in_dim {self.in_dim} and out_dim {self.out_dim} differ, but text to video reads and "
-                "predicts the same latent channels",
+                f"in_dim {self.in_dim} and out_dim {self.out_dim} differ, but a model of type {self.model_type} reads "
+                "and predicts the same latent channels",
             )
-        return self
 
 
 class WanFlowMatchSchedulerConfig(SectionModel):
-    """`diffusion` with `model_id: wan_flow_match_scheduler`: flow matching with a shifted sigma grid."""
+    """`diffusion` with `model_id: wan_flow_match_scheduler`: flow matching with a shifted sigma grid.
 
-    num_train_timesteps: Steps = 1000
-    num_inference_timesteps: Steps | None = None
-    shift: Annotated[float, Field(gt=0.0)] = 3.0
-    sigma_max: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    sigma_min: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.003 / 1.002
-    extra_one_step: bool = False
-    guidance_scale: float | tuple[float, float] = 0.0
-    min_timestep_boundary: UnitInterval = 0.0
-    max_timestep_boundary: UnitInterval = 1.0
-    boundary: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    expert: Literal["high", "low"] | None = None
+    Timesteps descend, so boundaries as fractions of the grid count from pure noise; `boundary` and `expert` say the
+    same as a sigma, whatever the shift.
+    """
+
+    num_train_timesteps: Annotated[Steps, Field(description="Points of the grid.")] = 1000
+    num_inference_timesteps: Annotated[Steps | None, Field(description="Sampling steps.")] = None
+    shift: Annotated[
+        float, Field(gt=0.0, description="Sigmas become shift·s / (1 + (shift − 1)·s): above 1, more noise.")
+    ] = 3.0
+    sigma_max: Annotated[
+        float, Field(gt=0.0, le=1.0, description="First sigma of the grid, before the shift.")
+    ] = 1.0
+    sigma_min: Annotated[
+        float, Field(ge=0.0, lt=1.0, description="Last sigma of the grid, before the shift.")
+    ] = 0.003 / 1.002
+    extra_one_step: Annotated[
+        bool, Field(description="Divide the grid into one more step and leave out its last point.")
+    ] = False
+    guidance_scale: Annotated[
+        float | tuple[float, float],
+        Field(
+            description="Classifier-free guidance, without at 0 or 1; two numbers are for the high-noise and the "
+            "low-noise expert."
+        ),
+    ] = 0.0
+    min_timestep_boundary: Annotated[
+        UnitInterval,
+        Field(description="Where training's part of the grid begins, a fraction of it; 0 is pure noise."),
+    ] = 0.0
+    max_timestep_boundary: Annotated[
+        UnitInterval, Field(description="Where training's part of the grid ends, a fraction of it.")
+    ] = 1.0
+    boundary: Annotated[
+        Annotated[float, Field(gt=0.0, lt=1.0)] | None,
+        Field(description="Sigma at and above which the high-noise expert works; with `expert`."),
+    ] = None
+    expert: Annotated[
+        Literal["high", "low"] | None, Field(description="Which side of `boundary` is trained.")
+    ] = None
     inverse_timesteps: Annotated[
-        bool, Only(False, reason="Wan's time runs from noise to video in training and in generation")
+        bool,
+        Only(False, reason="Wan's time runs from noise to video in training and in generation"),
+        Field(description="Let timesteps ascend."),
     ] = False
     reverse_sigmas: Annotated[
-        bool, Only(False, reason="Wan's sigma is the share of noise; the reverse would train another model")
+        bool,
+        Only(False, reason="Wan's sigma is the share of noise; the reverse would train another model"),
+        Field(description="Take sigma for the share of video."),
     ] = False
 
     @model_validator(mode="after")
@@ -165,123 +287,54 @@ class WanFlowMatchSchedulerConfig(SectionModel):
             )
         return self
 
+    def trained_sigmas(self) -> TrainedSigmas:
+        """Which noise levels are trained, as `WanFlowMatchScheduler` draws them."""
+        if self.boundary is not None:
+            high, low = (1.0, self.boundary) if self.expert == "high" else (self.boundary, 0.0)
+            return TrainedSigmas(high, low, "boundary", "boundary")
+        steps = self.num_train_timesteps
+        start, stop = int(self.min_timestep_boundary * steps), int(self.max_timestep_boundary * steps)
 
-class WanVideoVAETiling(SectionModel):
-    """`ae.tiling_param`, in pixels."""
-
-    tile_sample_min_height: PositiveInt = 256
-    tile_sample_min_width: PositiveInt = 256
-    tile_sample_stride_height: PositiveInt = 192
-    tile_sample_stride_width: PositiveInt = 192
-
-    @model_validator(mode="after")
-    def _check(self) -> WanVideoVAETiling:
-        for side in ("height", "width"):
-            size, stride = (getattr(self, f"tile_sample_{what}_{side}") for what in ("min", "stride"))
-            if stride > size:
-                raise invalid(
-                    f"tile_sample_stride_{side}",
-                    f"tile_sample_stride_{side} {stride} is larger than tile_sample_min_{side} {size}: "
-                    "tiles would leave gaps",
-                )
-        return self
-
-
-class WanVideoVAEConfig(SectionModel):
-    """`ae` with `model_id: wan_video_vae`: diffusers' AutoencoderKLWan with normalised latents.
-
-    The second group of fields describes the network. They are for `init: random`; a pretrained folder brings
-    its own, and one given beside it must agree.
-    """
-
-    do_sample: bool = True
-    norm_latents: bool = True
-    norm_mode: Literal["channel_specified_shift_scale", "value_shift_scale"] = "channel_specified_shift_scale"
-    shift_factor: float | None = None
-    scaling_factor: Annotated[float, Field(gt=0.0)] | None = None
-    enable_tiling: bool = False
-    tiling_param: WanVideoVAETiling | None = None
-    i2v_processor: Annotated[
-        dict[str, Any] | None, Only(None, reason="image conditions are made for image-to-video training only")
-    ] = None
-
-    base_dim: Channels | None = None
-    decoder_base_dim: Channels | None = None
-    z_dim: Channels | None = None
-    dim_mult: list[PositiveInt] | None = None
-    num_res_blocks: Layers | None = None
-    attn_scales: list[float] | None = None
-    temperal_downsample: list[bool] | None = None
-    dropout: UnitInterval | None = None
-    latents_mean: list[float] | None = None
-    latents_std: list[Annotated[float, Field(gt=0.0)]] | None = None
-    is_residual: bool | None = None
-    in_channels: Channels | None = None
-    out_channels: Channels | None = None
-    patch_size: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> WanVideoVAEConfig:
-        if (
-            self.dim_mult is not None
-            and self.temperal_downsample is not None
-            and len(self.temperal_downsample) != len(self.dim_mult) - 1
-        ):
-            raise invalid(
-                "temperal_downsample",
-                f"temperal_downsample has {len(self.temperal_downsample)} entries, but dim_mult of "
-                f"{len(self.dim_mult)} stages "
-                f"needs {len(self.dim_mult) - 1}",
+        def sigma(index: int) -> float:
+            return shifted_sigma(
+                index,
+                steps=steps,
+                shift=self.shift,
+                sigma_max=self.sigma_max,
+                sigma_min=self.sigma_min,
+                extra_one_step=self.extra_one_step,
             )
-        if self.temperal_downsample is not None and sum(self.temperal_downsample) > 2:
-            raise invalid(
-                "temperal_downsample",
-                "temperal_downsample may be true at most twice: the encoder reads frames in groups of four",
-            )
-        for name in ("latents_mean", "latents_std"):
-            values = getattr(self, name)
-            if values is not None and self.z_dim is not None and len(values) != self.z_dim:
-                raise invalid(name, f"{name} has {len(values)} entries for z_dim {self.z_dim}")
-        return self
 
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the latents; left out they are upstream's, Wan2.1's."""
-        return 16 if self.z_dim is None else self.z_dim
-
-    def size_problem(self, frames: int, height: int, width: int) -> str | None:
-        """Return why a video of these sizes cannot be encoded, or None."""
-        if (frames - 1) % 4:
-            near = 1 + (frames - 1) // 4 * 4
-            return f"frames must be 4k + 1; nearest are {near} and {near + 4}"
-        stages = 4 if self.dim_mult is None else len(self.dim_mult)
-        factor = 2 ** (stages - 1) * (self.patch_size or 1)
-        for side, size in (("height", height), ("width", width)):
-            if size % factor:
-                near = size // factor * factor
-                choices = f"nearest are {near} and {near + factor}" if near else f"at least {factor}"
-                return f"{side} must be a multiple of {factor}; {choices}"
-        return None
+        high, low = sigma(start) if start else 1.0, sigma(stop) if stop < steps else 0.0
+        return TrainedSigmas(high, low, "min_timestep_boundary", "max_timestep_boundary")
 
 
 class WanPipelineConfig(SectionModel):
     """`pipeline_config` with `pipeline_class: WanPipeline`."""
 
-    input_size: tuple[Side, Side, Side]
-    """Frames, height and width of the video in pixels."""
-    boundary_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    """Sigma at and above which `predictor` denoises, below it `low_noise_predictor`."""
-    negative_prompt: str | None = None
-    cpu_offload: bool = False
-    """Keep each component on the CPU while it is idle."""
-    seed: int | None = None
+    input_size: Annotated[
+        tuple[Side, Side, Side], Field(description="Frames, height and width of the video, in pixels.")
+    ]
+    boundary_ratio: Annotated[
+        Annotated[float, Field(gt=0.0, lt=1.0)] | None,
+        Field(
+            description="Sigma at and above which `predictor` denoises, and below it `low_noise_predictor`."
+        ),
+    ] = None
+    negative_prompt: Annotated[
+        str | None, Field(description="What guidance moves away from; None: Wan's own text.")
+    ] = None
+    cpu_offload: Annotated[bool, Field(description="Keep each component on the CPU while it is idle.")] = (
+        False
+    )
+    seed: Annotated[int | None, Field(description="Of the first noise; None: 0.")] = None
     vae_scale_factor_spatial: Annotated[
-        int | None, NoEffect("the factor is that of the autoencoder itself")
+        int | None,
+        NoEffect("the factor is that of the autoencoder itself"),
+        Field(description="Pixels of a side of one latent."),
     ] = None
     expand_timesteps: Annotated[
         bool,
-        NoEffect(
-            "every token of a text-to-video sample has the same timestep, so one a sample computes the same",
-            quiet_for=(False,),
-        ),
+        NoEffect(_ONE_TIMESTEP, quiet_for=(False,)),
+        Field(description="A timestep for each token."),
     ] = False

@@ -25,8 +25,8 @@ def received(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What a right command line comes to, instead of videos."""
     seen: dict[str, Any] = {}
 
-    def stop_here(job: Any, options: Any) -> int:
-        seen.update(job=job, **vars(options))
+    def stop_here(job: Any, options: Any, findings: Any) -> int:
+        seen.update(job=job, findings=[str(finding) for finding in findings], **vars(options))
         return 0
 
     monkeypatch.setattr(command, "_generate", stop_here)
@@ -120,3 +120,78 @@ def test_help_lists_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
         "--batch-size",
     ):
         assert flag in out
+
+
+#: What a script for MindSpeed-MM's inference_sora.py gives.
+CLASSIC = (
+    "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --virtual-pipeline-model-parallel-size 1 "
+    "--context-parallel-size 1 --context-parallel-algo ulysses_cp_algo --num-layers 1 --hidden-size 3072 "
+    "--num-attention-heads 48 --seq-length 24 --max-position-embeddings 24 --attention-dropout 0.0 --hidden-dropout 0.0 "
+    "--tokenizer-type NullTokenizer --vocab-size 0 --position-embedding-type rope --rotary-base 500000 --swiglu "
+    "--no-masked-softmax-fusion --micro-batch-size 1 --global-batch-size 16 --num-workers 8 --lr 1e-5 --min-lr 1e-5 "
+    "--bf16 --finetune --distributed-timeout-minutes 10 --distributed-backend nccl --use-cpu-initialization "
+    "--no-load-optim --no-load-rng --no-save-optim --no-save-rng --ckpt-format torch_dcp --mm-tool tools.json"
+)
+
+
+def test_flags_of_a_classic_inference_script(received: dict[str, Any], tmp_path: Path) -> None:
+    own = ["--mm-model", MODEL, "--load", str(tmp_path), "--prompt", "a tram", "--micro-batch-size", "2"]
+    assert main(["generate", *CLASSIC.split(), *own]) == 0
+    assert received["batch_size"] == 2, "--micro-batch-size means what it means there"
+    assert list(received["job"].prompts) == ["a tram"]
+    noted = {line.partition(" ")[0]: line for line in received["findings"]}
+    assert noted["--global-batch-size"].endswith("has no effect here: only training reads it")
+    assert noted["--bf16"].endswith("has no effect here: dtype in the inference file decides")
+    assert noted["--hidden-size"].endswith("model.json and the weights' folder describe the model")
+    assert "--finetune" not in noted, "it asks for what is done anyway"
+    assert {line.split()[1] for line in noted.values()} == {"note:"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "--context-parallel-size 4",
+            "--context-parallel-size: 4: this kind of parallelism is not available yet",
+        ),
+        ("--lora-target-modules q", '--lora-target-modules: ["q"]: LoRA is not available yet'),
+        ("--nproc-per-node 8", "--nproc-per-node: 8: only 1 is accepted: videos are made by one process"),
+        ("--hidden-size many", '--hidden-size: "many", expected a whole number'),
+        ("--global-batch-size", "--global-batch-size: a value is missing. Write --global-batch-size N"),
+        ("--hiden-size 1", "did you mean --hidden-size?"),
+        ("--trust-remote-code", "code from a folder of weights is never run"),
+    ],
+)
+def test_classic_flags_are_not_swallowed(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, "--mm-model", MODEL, *line.split())
+
+
+def test_one_process_makes_the_videos(
+    received: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    line = ["--mm-model", MODEL, "--prompt", "x", "--load", str(tmp_path)]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(["generate", *line]) == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "in one process, and 2 were started" in refused(capsys, *line)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["generate", *line]) == 2
+    assert capsys.readouterr().err == "", "told once"
+
+
+def test_a_wrong_variable_is_told(
+    received: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    line = ["--mm-model", MODEL, "--prompt", "x", "--load", str(tmp_path)]
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "10")
+    assert main(["generate", *line]) == 0
+    assert any("HCCL_CONNECT_TIMEOUT warning" in said for said in received["findings"])
+    monkeypatch.setenv("MM_DEVICE", "tpu")
+    assert "MM_DEVICE" in refused(capsys, *line)

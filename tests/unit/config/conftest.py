@@ -197,7 +197,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobFiles:
         monkeypatch.delenv(name, raising=False)
     for name in ("vae", "text_encoder", "tokenizer", "transformer", "transformer_2"):
         (tmp_path / "weights" / name).mkdir(parents=True)
-    (tmp_path / "data.txt").write_text("clips,clips.json\n")
+    (tmp_path / "clips").mkdir(exist_ok=True)
+    (tmp_path / "clips" / "annotations.json").write_text('[{"path": "a.mp4", "cap": "a cat"}]\n')
+    (tmp_path / "data.txt").write_text("clips,clips/annotations.json\n")
     job = JobFiles(tmp_path)
     job.write()
     return job

@@ -95,7 +95,8 @@ def test_check_tells_single_files_by_their_keys(files: Any) -> None:
     assert result.stdout.splitlines() == [
         "odd.yaml:1:1 error: none of its keys is known, so it cannot be told what it configures. "
         "Known are: model file, "
-        "inference file, data file, tools file, sharding file",
+        "inference file, data file, tools file, sharding file, "
+        "transformers model file, job file",
         "mising.json error: no such file. Nothing in " + str(files.folder) + " has a similar name",
         "2 errors",
     ]

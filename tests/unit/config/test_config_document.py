@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mm_core.config import ConfigError, Document, Origin, read_document
+from mm_core.config import ConfigError, Document, Origin, check_file, read_document
 from mm_core.config import document as module
 
 
@@ -58,6 +59,69 @@ def test_what_is_no_regular_file_is_refused_rather_than_waited_for(
     Path("old.json").symlink_to("gone.json")
     assert fails("old.json") == "old.json: this is a symbolic link that leads nowhere, to gone.json"
     assert fails("~nobody-of-this-name/m.json").startswith("~nobody-of-this-name/m.json: no such file")
+
+
+@pytest.mark.timeout(20)
+def test_devices_and_what_may_not_be_read_are_errors_without_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("zero.json").symlink_to("/dev/zero")
+    assert fails("zero.json") == "zero.json: this is no regular file (a pipe, socket or device), expected one"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("s.json")
+        assert fails("s.json") == "s.json: this is no regular file (a pipe, socket or device), expected one"
+    Path("x" * 300 + ".json").parent.mkdir(exist_ok=True)
+    assert fails("x" * 300 + ".json").endswith(": the file cannot be read: File name too long")
+    assert "no such file" in fails("a\0b.json")
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything, so the last case cannot be shown")
+    Path("mine.json").write_text("{}")
+    Path("mine.json").chmod(0)
+    assert fails("mine.json") == "mine.json: the file cannot be read: Permission denied"
+
+
+def test_a_pipe_that_takes_the_files_place_after_the_look_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(OSError, match="no regular file"):
+        module._read_bytes(tmp_path / "pipe.json")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [('{"a": 1}'.encode("utf-16"), "1:1: the file is UTF-16 text, expected UTF-8. Save it as UTF-8"),
+     ("\ufeff{}".encode("utf-16-be"), "1:1: the file is UTF-16 text, expected UTF-8. Save it as UTF-8"),
+     ('{\n"a": 1}'.encode("utf-16-le"),
+      "1:2: a NUL character: this is UTF-16 text, or no text at all. Save it as UTF-8"),
+     (b'{\n"a\0": 1}', "2:3: a NUL character: this is UTF-16 text, or no text at all. Save it as UTF-8")],
+)  # fmt: skip
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_other_encodings_are_named(tmp_path: Path, raw: bytes, message: str, suffix: str) -> None:
+    path = tmp_path / f"m{suffix}"
+    path.write_bytes(raw)
+    assert fails(str(path)) == f"{path}:{message}"
+
+
+def test_a_symbolic_link_is_followed_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    monkeypatch.chdir(tmp_path / "real")
+    Path("tools.json").write_text('{"profile": {"enable": false}}')
+    Path("link.json").symlink_to("middle.json")
+    Path("middle.json").symlink_to("tools.json")
+    assert module.link_note("tools.json") is None
+    assert module.link_note("absent.json") is None
+    (found,) = check_file("link.json")
+    assert str(found) == (
+        f"link.json note: this is a symbolic link; what is read is {tmp_path}/real/tools.json"
+    )
+    assert found.code == "symlink"
+    Path("link.json").unlink()
+    Path("link.json").symlink_to("/etc/hostname")
+    where = Origin("file", "m.json", 3, 4)
+    note = module.link_note("link.json", where, ("ae", "from_pretrained"))
+    assert str(note) == (
+        'm.json:3:4 note: ae.from_pretrained is "link.json": a symbolic link; what is read is /etc/hostname'
+    )
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> None:

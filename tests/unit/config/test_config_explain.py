@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mm_core.cli.main import main
-from mm_core.config import parse_train_flags
+from mm_core.config import load_generation_job, parse_train_flags
 from mm_core.config.explain import Explained, explain_files, explain_flags, matching
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -180,3 +180,14 @@ def test_flags_that_do_nothing_are_told_if_given(files: Any) -> None:
     assert "flags.num_layers" not in {item.field for item in explain_flags(parse_train_flags(JOB))}
     given = explain_flags(parse_train_flags([*JOB, "--num-layers", "40"]))
     assert one("flags.num_layers", given).value == 40
+
+
+def test_origins_of_old_spellings(files: Any) -> None:
+    loaded = load_generation_job("inference.json")
+    text = (files.folder / "inference.json").read_text().split("\n")
+    line = next(number for number, line in enumerate(text, 1) if "num_train_steps" in line)
+    resolved = loaded.resolved()
+    assert resolved["values"]["diffusion"]["num_train_timesteps"] == 1000
+    origins = resolved["origins"]
+    assert origins["model.diffusion.num_train_timesteps"].startswith(f"inference.json:{line}:")
+    assert origins["model.diffusion.num_train_steps"] == "default"

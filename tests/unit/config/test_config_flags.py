@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from mm_core.config import ConfigError, TrainFlags, parse_train_flags, train_help, world_size
+from mm_core.config import (
+    ConfigError,
+    TrainFlags,
+    load_training_job,
+    parse_train_flags,
+    train_help,
+    world_size,
+)
 from mm_core.config.flags import flag_name, required_flags
 
 
@@ -89,18 +96,13 @@ GOLDEN = [
     ("--nproc-per-node 1025", "--nproc-per-node error: 1025: must be at most 1024"),
     ("--micro-batch-size 1048577", "--micro-batch-size error: 1048577: must be at most 1048576"),
     ("--train-iters 1099511627777", "--train-iters error: 1099511627777: must be at most 1099511627776"),
-    ("--lr-decay-style cosin", '--lr-decay-style error: "cosin", expected "constant", "linear" or "cosine". '
-     'Did you mean "cosine"?'),
+    ("--lr-decay-style cosin", '--lr-decay-style error: "cosin", expected "constant", "linear", "cosine", '
+     '"inverse-square-root" or "WSD". Did you mean "cosine"?'),
     ("--bf16 true", 'command line error: unexpected argument "true". --bf16 takes no value'),
-    ("model.json", 'command line error: unexpected argument "model.json". Values follow a flag: '
+    ("model", 'command line error: unexpected argument "model". Values follow a flag: '
     '--flag value'),
-    ("--lora-r 32", "--lora-r error: 32: LoRA is not available yet"),
-    ("--lora-target-modules q k,v", '--lora-target-modules error: ["q", "k", "v"]: LoRA is not '
-    'available yet'),
     ("--fp16", "--fp16 error: fp16 needs loss scaling, which is not available; use bf16"),
-    ("--tensor_model_parallel_size 2", "--tensor_model_parallel_size error: 2: only 1 is accepted: "
-    "this kind of "
-     "parallelism is not available yet; models are sharded by FSDP2"),
+    ("--stage ray_grpo", '--stage error: "ray_grpo": reinforcement learning is not available'),
     ("--save-interval 5", "--save-interval error: needs --save: there is no folder to save into. Add "
     "--save FOLDER"),
     ("--finetune", "--finetune error: needs --load: there are no weights to start from"),
@@ -113,10 +115,42 @@ def test_golden_messages(line: str, message: str) -> None:
     assert fails(line) == [message]
 
 
+NOT_YET = [
+    ("--lora-target-modules q k,v", '["q", "k", "v"]', "LoRA is not available yet"),
+    ("--tensor_model_parallel_size 2", "2", "this kind of parallelism is not available yet; models are sharded by FSDP2 alone"),
+    ("--optimizer muon", '"muon"', "AdamW is the only optimizer so far"),
+    ("--calculate-per-token-loss", "true", "it concerns language models, which cannot be trained yet"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "value", "reason"), NOT_YET, ids=[line for line, *_ in NOT_YET])
+def test_what_is_right_and_not_available_yet_is_a_warning_that_stops_a_job(
+    line: str, value: str, reason: str
+) -> None:
+    (finding,) = parse_train_flags(line.split()).findings
+    flag = line.split()[0]
+    assert (finding.level, finding.code, finding.path) == ("warning", "not-available", flag)
+    assert finding.message.startswith(f"{value}: ")
+    assert reason in finding.message
+    with pytest.raises(ConfigError, match=reason):
+        load_training_job(parse_train_flags(line.split()))
+
+
+def test_the_small_change_of_lora_is_one_finding() -> None:
+    line = "--lora-r 32 --lora-alpha 32 --lora-target-modules proj_q,ffn.0 --lora-register-forward-hook patch_embedding"
+    found = parse_train_flags(line.split()).findings
+    assert sorted((finding.level, finding.path) for finding in found) == [
+        ("note", "--lora-alpha"),
+        ("note", "--lora-r"),
+        ("note", "--lora-register-forward-hook"),
+        ("warning", "--lora-target-modules"),
+    ]
+
+
 def test_all_mistakes_come_at_once() -> None:
-    found = fails("--lr x --train-iter 3 --micro-batch-size 0 --dpo-beta 0.1")
+    found = fails("--lr x --train-iter 3 --micro-batch-size 0 --ref-model m")
     named = {line.split()[0] for line in found}
-    assert named == {"--train-iter", "--dpo-beta", "--micro-batch-size", "--lr"}
+    assert named == {"--train-iter", "--ref-model", "--micro-batch-size", "--lr"}
 
 
 def test_a_flag_given_twice_is_said() -> None:

@@ -84,8 +84,7 @@ def test_what_is_wrong_is_said_at_its_place(files: Any) -> None:
         files_find("inference.json", '"WanPipelin"')
         + ": no installed distribution offers the pipeline 'WanPipelin'. "
         "Did you mean 'WanPipeline' (mmzoo-plugin-wan22 0.1.0)",
-        '"image" is "x.png": text-to-video has no use for it; image and video conditions are not '
-        "available yet",
+        '"image" is "x.png": so far videos are made from a text alone; this version cannot run it. It runs without',
         '"device" is 3, expected a text in quotes',
         'unknown key "solver_ordr" in diffusion (UniPCMultistepScheduler). Did you mean "solver_order"?',
         'tokenizer.from_pretrained is "weights/tokeniser": there is no such folder (seen from the '

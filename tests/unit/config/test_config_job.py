@@ -96,17 +96,19 @@ BAD: list[tuple[str, Spoil, str, str]] = [
      '"dtype" is "bf61", expected "bf16", "fp16", "fp32" or "fp64". Did you mean "bf16"?'),
     ("features", lambda f: f.model.update(load_video_features=True),
      '"load_video_features": ^true',
-     '"load_video_features" is true: only false is accepted: features cannot be loaded yet; '
-     "videos are encoded during training"),
+     '"load_video_features" is true: videos are encoded during training, not yet read from stored features; '
+     "this version cannot run it. Available: false"),
     ("patch", lambda f: f.model["patch"].update(bridge=True),
      '^"bridge":',
      'unknown key "bridge" in patch of model.json. Did you mean "bridge_patch"?'),
     ("muon", lambda f: f.model["patch"].update(muon_optimizer=True),
      '"muon_optimizer": ^true',
-     '"muon_optimizer" is true: only false is accepted: the Muon optimizer is not available yet'),
+     '"muon_optimizer" is true: the Muon optimizer is not available yet; this version '
+     "cannot run it. Available: false"),
     ("lora", lambda f: f.model.update(lora_apply_modules=["q"]),
      '"lora_apply_modules": ^[',
-     '"lora_apply_modules" is ["q"]: LoRA is not available yet'),
+     '"lora_apply_modules" is ["q"]: LoRA is not available yet, and every weight of the predictor would be trained; '
+     "this version cannot run it. It runs without the key"),
     ("no weights", lambda f: f.model["ae"].pop("from_pretrained"),
      '^"ae": {',
      'ae (wan_video_vae) has no weights. Give "from_pretrained" (a folder), or "init": "random" '
@@ -121,16 +123,14 @@ BAD: list[tuple[str, Spoil, str, str]] = [
      "working directory). Did you mean data.txt?"),
     ("sampler", lambda f: f.data["dataloader_param"].update(sampler_type="LengthGroupedSampler"),
      '^"LengthGroupedSampler"',
-     '"sampler_type" is "LengthGroupedSampler": only "stateful_distributed_sampler" or '
-     '"SequentialSampler" is accepted: samplers that form buckets or balance lengths are not '
-     'available yet; use '
-     "stateful_distributed_sampler (with shuffle) or SequentialSampler"),
+     '"sampler_type" is "LengthGroupedSampler": samples are not grouped by size or length yet; this version cannot '
+     'run it. Available: "stateful_distributed_sampler", "SequentialSampler", "BaseRandomBatchSampler"'),
     ("group", lambda f: f.data["dataloader_param"].update(group_frame=True),
      '"group_frame": ^true',
-     '"group_frame" is true: only false is accepted: buckets of similar samples are not '
-     "available yet; remove the key: every sample is resized to one size"),
+     '"group_frame" is true: samples are not grouped by size or length yet; this version cannot run it. '
+     "Available: false"),
     ("transform", lambda f: transforms(f)[0].update(trans_type="Resize"),
-     '"video": [\n                    ^{',
+     '"video": [\n                    {\n                        "trans_type": ^"',
      '"video[0]": "trans_type" must be one of "ResizeVideo", "ToTensorVideo", '
      '"norm_fun", "CenterCropResizeVideo". Did you mean "ResizeVideo"?'),
     ("dataset", lambda f: f.data["dataset_param"].update(dataset_type="i2v"),
@@ -150,10 +150,11 @@ BAD: list[tuple[str, Spoil, str, str]] = [
      'Did you mean "lower"?'),
     ("dynamic", lambda f: f.tools["profile"].update(enable=True, profile_type="dynamic"),
      '^"dynamic"',
-     '"profile_type": dynamic profiling is not available yet; use "static"'),
+     '"profile_type" is "dynamic": dynamic profiling is not available yet; this version cannot run it. '
+     'Available: "static"'),
     ("memory", lambda f: f.tools["memory_profile"].update(enable=True),
      '"memory_profile": {\n        "enable": ^true',
-     '"enable": memory snapshots are not available yet; set it to false'),
+     '"enable" is true: memory snapshots are not available yet; this version cannot run it. Available: false'),
     ("window", lambda f: f.tools["profile"]["static_param"].update(end_step=10),
      '"end_step": ^10',
      '"end_step": must be greater than start_step (10)'),
@@ -165,7 +166,8 @@ BAD: list[tuple[str, Spoil, str, str]] = [
      '"sharding_size" is "8", expected a whole number or "auto". Remove the quotes: 8'),
     ("experts", lambda f: setattr(f, "fsdp2", "expert_parallel_size: 2\n"),
      'expert_parallel_size: ^2',
-     '"expert_parallel_size" is 2: only 1 is accepted: expert parallelism is not available yet'),
+     '"expert_parallel_size" is 2: experts are not distributed over ranks yet; this version cannot run it. '
+     "Available: 1"),
     ("text_dim", lambda f: (f.folder / "weights/text_encoder/config.json").write_text('{"d_model": 64}'),
      '"predictor": ^{',
      "text_dim is 4096, but text_encoder (UMT5) has embeddings of 64. Write 64"),
@@ -377,7 +379,7 @@ def test_comments_schema_and_unknown_kinds_of_files(files: Any, tmp_path: Path) 
     (tmp_path / "model.json").write_text("// mine\n" + text.replace('"task"', '/* t2v */ "task"'))
     assert load_training_job(files.flags()).model.task == "t2v"
     (tmp_path / "model.json").write_text('{"model_id": "qwen3_vl", "init_from_hf_path": "x"}')
-    with pytest.raises(ConfigError, match=r"model\.json: transformers models cannot be trained yet"):
+    with pytest.raises(ConfigError, match=r"model\.json:1:14: .*transformers models are checked, but"):
         load_training_job(files.flags())
 
 

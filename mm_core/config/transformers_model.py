@@ -1,0 +1,98 @@
+"""`model.json` of a model of the transformers library, such as a vision-language model."""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from mm_core.config.keys import NoEffect, NotYet
+from mm_core.config.origin import KeyPath
+from mm_core.config.patch import PatchConfig
+from mm_core.config.plugins import Name, PluginsConfig
+from mm_core.config.section import SectionModel
+
+_LORA = "LoRA is not available yet, and every weight that is not frozen would be trained"
+
+
+class LossConfig(SectionModel):
+    """`loss_cfg`: the loss over the tokens of a text."""
+
+    compute_mode: Annotated[
+        Literal["default", "chunk", "dynamic_chunk"],
+        Field(
+            description="Logits of all tokens at once, of `chunk_size` tokens of each sample at a time, or of "
+            "`chunk_size` tokens of the whole batch at a time: the same loss in less memory."
+        ),
+    ] = "default"
+    chunk_size: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        NoEffect("the logits of all tokens are computed at once", when=("compute_mode", "default")),
+        Field(description="Tokens of a chunk; default: 1024 for `chunk`, 4096 for `dynamic_chunk`."),
+    ] = None
+    loss_type: Annotated[
+        Literal["default", "per_sample_loss", "per_token_loss", "token_loss", "square_loss"],
+        Field(description="How the losses of tokens are weighted before they are added up."),
+    ] = "default"
+    router_aux_loss_coef: Annotated[
+        float, Field(ge=0.0, description="Weight of the loss that balances experts; 0: none.")
+    ] = 0.0
+
+
+class TransformersModelConfig(SectionModel):
+    """The top level of a transformers model's file: the keys that every such model has.
+
+    Its other keys are the family's, and checked by the config class `transformers_model/<model_id>`. The network itself
+    is described by `config.json` of `init_from_hf_path`.
+    """
+
+    model_id: Annotated[str, Field(min_length=1, description="Id of the model; `mm list` shows all.")]
+    init_from_hf_path: Annotated[
+        str, Field(min_length=1, description="Folder in Hugging Face layout: config.json and weights.")
+    ]
+    loss_cfg: Annotated[LossConfig, Field(description="The loss over the tokens of a text.")] = Field(
+        default_factory=LossConfig
+    )
+    task_id: Annotated[
+        str | None, Field(min_length=1, description="Id of the task; null: language modelling.")
+    ] = None
+    callbacks: Annotated[
+        list[Annotated[str, Field(min_length=1)]],
+        Field(description="Ids of callbacks, which watch the run beside the core's own."),
+    ] = Field(default_factory=list)
+    plugins: Annotated[
+        PluginsConfig | list[Name],
+        Field(
+            description="Distributions whose hooks take part though nothing of theirs is used; or an object "
+            "that says as well which distributions take part in this job."
+        ),
+    ] = Field(default_factory=list)
+    patch: Annotated[PatchConfig, Field(description="MindSpeed-MM's switches for replaced functions.")] = (
+        Field(default_factory=PatchConfig)
+    )
+    lora_apply_modules: Annotated[
+        list[Annotated[str, Field(min_length=1)]] | None,
+        NotYet(None, reason=_LORA),
+        Field(description='Parts whose layers get LoRA; `["all"]` means every one.'),
+    ] = None
+    lora_mixed_training: Annotated[
+        bool | None,
+        NotYet(None, False, reason=_LORA),
+        Field(description="Train the weights of parts without LoRA beside those of LoRA."),
+    ] = None
+    lora_save_full_weight: Annotated[
+        bool | None,
+        NotYet(None, False, reason=_LORA),
+        Field(description="Save merged weights beside those of LoRA."),
+    ] = None
+
+
+class TransformersFamilyConfig(SectionModel):
+    """Base class of the config class of a family, for the keys that `TransformersModelConfig` does not have.
+
+    A family whose files repeat numbers of the folder's config.json names them, so that a difference is told.
+    """
+
+    #: `model_type` in the folder's config.json; empty if it is not to be compared.
+    hf_model_type: ClassVar[str] = ""
+    #: Key of the file -> the same number's key in config.json.
+    hf_config_keys: ClassVar[Mapping[KeyPath, KeyPath]] = {}

@@ -1,0 +1,142 @@
+"""Names, dtypes and shapes of a safetensors file, from its header: no tensor is read.
+
+A file is 8 bytes with the length of the header (little-endian), the header (a JSON object), and the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mm_core.weights.errors import WeightsError
+
+_LENGTH = 8
+_LARGEST = 100_000_000  # bytes of a header, safetensors' own limit
+_METADATA = "__metadata__"
+#: Bits of an element, by the format's names; others are taken as they come.
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a file.
+
+    Attributes:
+        dtype: by safetensors' name, such as `BF16`.
+        shape: of the whole tensor.
+        nbytes: what it takes in the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file by name.
+
+    Raises:
+        WeightsError: it cannot be read, is none, or has not as many bytes as its header says.
+    """
+    try:
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise WeightsError(f"{file} is no regular file")  # opening a pipe would wait for a writer
+        with open(file, "rb") as source:
+            size = os.fstat(source.fileno()).st_size
+            length = int.from_bytes(source.read(_LENGTH), "little")
+            if size < _LENGTH or length > size - _LENGTH:
+                raise WeightsError(_cut_short(file, size, length))
+            if length > _LARGEST:
+                raise WeightsError(
+                    f"{file} is no safetensors file: its header would have {length} bytes, and {_LARGEST} are the most"
+                )
+            raw = source.read(length)
+    except OSError as error:
+        raise WeightsError(f"{file} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    try:
+        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())
+        raise WeightsError(f"{file} is no safetensors file: its header is no JSON ({why})") from error
+    if not isinstance(data, dict):
+        raise WeightsError(f"{file} is no safetensors file: its header is no JSON object")
+    tensors = {name: _tensor(file, name, entry) for name, entry in data.items() if name != _METADATA}
+    _check_bytes(file, data, size - _LENGTH - length)
+    return tensors
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Return the tensors of all files of a folder by name.
+
+    Raises:
+        WeightsError: as `read_header`; or a name is in two files.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    owner: dict[str, Path] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in owner:
+                raise WeightsError(f"{file.parent}: {name} is in {owner[name].name} and in {file.name}")
+            tensors[name], owner[name] = tensor, file
+    return tensors
+
+
+def _cut_short(file: Path, size: int, length: int) -> str:
+    if size < _LENGTH:
+        return f"{file} is no safetensors file: it has {size} bytes, and the length of its header alone takes {_LENGTH}"
+    return (
+        f"{file} is no safetensors file, or was cut off: its header would have {length} bytes, but only "
+        f"{size - _LENGTH} follow"
+    )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name is written twice in one object")
+    return result
+
+
+def _tensor(file: Path, name: str, entry: object) -> StoredTensor:
+    if isinstance(entry, Mapping):
+        dtype, shape, offsets = (
+            entry.get("dtype"),
+            _sizes(entry.get("shape")),
+            _sizes(entry.get("data_offsets")),
+        )
+        if isinstance(dtype, str) and shape is not None and offsets is not None and len(offsets) == 2:
+            begin, end = offsets
+            bits = _BITS.get(dtype)
+            wanted = None if bits is None else math.prod(shape) * bits // 8
+            if begin <= end and wanted in (None, end - begin):
+                return StoredTensor(dtype, tuple(shape), end - begin)
+    raise WeightsError(f"{file} is no safetensors file: its header describes {name!r} as {_short(entry)}")
+
+
+def _sizes(value: object) -> list[int] | None:
+    if isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value):
+        return value
+    return None
+
+
+def _check_bytes(file: Path, data: Mapping[str, Any], stored: int) -> None:
+    wanted = max((entry["data_offsets"][1] for name, entry in data.items() if name != _METADATA), default=0)
+    if stored < wanted:
+        raise WeightsError(
+            f"{file} was cut off: {wanted - stored} of its {wanted} bytes of tensors are missing; fetch it again"
+        )
+    if stored > wanted:
+        raise WeightsError(f"{file} is no safetensors file: {stored - wanted} bytes follow its last tensor")
+
+
+def _short(entry: object) -> str:
+    text = repr(entry)
+    return text if len(text) <= 120 else text[:119] + "…"

@@ -1,0 +1,203 @@
+"""What a configuration may say about Qwen3-VL, beside the keys of every transformers model. Torch-free: `mm check` and
+`mm list` import this file.
+
+The network is described by config.json of `init_from_hf_path`. What files of MindSpeed-MM repeat of it is there for
+Megatron's own checks, and builds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from mm_core.config.keys import Legacy, NoEffect, NotYet
+from mm_core.config.origin import KeyPath
+from mm_core.config.section import SectionModel
+from mm_core.config.transformers_model import TransformersFamilyConfig
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+_MEGATRON = NoEffect("config.json of init_from_hf_path describes the network")
+_LAYOUT = NoEffect("the attention backend chooses its own layout", quiet_for=("TND",))
+_SYNCHRONIZE = NoEffect("memory is reused between streams without waiting for the device", quiet_for=(False,))
+_RECOMPUTE = NoEffect("recomputation is chosen by recompute_modules in fsdp2.yaml")
+
+AttentionImplementation = Annotated[
+    Literal["flash_attention_2", "flash_attention_3", "sdpa", "eager"],
+    Field(description="transformers' name of the attention to use."),
+]
+AttentionLayout = Annotated[
+    Literal["TND", "BNSD", "BSND", "BSH", "SBH"],
+    _LAYOUT,
+    Field(description="Order of axes in Ascend's fused attention."),
+]
+SynchronizePerLayer = Annotated[
+    bool,
+    _SYNCHRONIZE,
+    Field(description="Wait for the device after each layer, so that streams may reuse memory."),
+]
+Synchronize = Annotated[
+    bool | None,
+    Legacy("synchronize_per_layer"),
+    Field(description="What MindSpeed-MM's documentation calls synchronize_per_layer."),
+]
+
+
+class VisionEncoderConfig(SectionModel):
+    """`image_encoder.vision_encoder`."""
+
+    model_id: Annotated[
+        str | None,
+        NoEffect("config.json of init_from_hf_path describes the network", quiet_for=("qwen3vit",)),
+        Field(description="MindSpeed-MM's name of the vision tower."),
+    ] = None
+    freeze: Annotated[
+        bool, Field(description="Whether patch embedding, blocks and position embedding stay as they are.")
+    ]
+    num_layers: Annotated[PositiveInt | None, _MEGATRON, Field(description="Blocks.")] = None
+    hidden_size: Annotated[PositiveInt | None, _MEGATRON, Field(description="Width of a token.")] = None
+    num_attention_heads: Annotated[PositiveInt | None, _MEGATRON, Field(description="Attention heads.")] = (
+        None
+    )
+    ffn_hidden_size: Annotated[
+        PositiveInt | None, _MEGATRON, Field(description="Width inside the feed-forward layers.")
+    ] = None
+    attn_implementation: AttentionImplementation = "flash_attention_2"
+    attn_layout: AttentionLayout = "TND"
+    synchronize_per_layer: SynchronizePerLayer = False
+    synchronize: Synchronize = None
+    recompute_granularity: Annotated[
+        str | None, _RECOMPUTE, Field(description="Megatron's choice of what is computed again.")
+    ] = None
+    recompute_method: Annotated[
+        str | None, _RECOMPUTE, Field(description="Megatron's way of choosing those layers.")
+    ] = None
+    recompute_num_layers: Annotated[
+        PositiveInt | None, _RECOMPUTE, Field(description="How many layers are computed again.")
+    ] = None
+
+
+class VisionProjectorConfig(SectionModel):
+    """`image_encoder.vision_projector`."""
+
+    model_id: Annotated[
+        str | None,
+        NoEffect("config.json of init_from_hf_path describes the network", quiet_for=("lnmlp",)),
+        Field(description="MindSpeed-MM's name of the projector."),
+    ] = None
+    freeze: Annotated[
+        bool,
+        Field(
+            description="Whether the merger of the vision tower stays as it is. MindSpeed-MM freezes the mergers of "
+            "deepstack by no key."
+        ),
+    ]
+    num_layers: Annotated[PositiveInt | None, _MEGATRON, Field(description="Layers.")] = None
+
+
+class ImageEncoderConfig(SectionModel):
+    """`image_encoder`: the vision tower and what brings its output to the text model's width."""
+
+    vision_encoder: Annotated[VisionEncoderConfig, Field(description="The vision tower.")]
+    vision_projector: Annotated[
+        VisionProjectorConfig, Field(description="The merger, from the tower's width to the text model's.")
+    ]
+
+
+class TextDecoderConfig(SectionModel):
+    """`text_decoder`: the language model."""
+
+    model_id: Annotated[
+        str | None,
+        NoEffect("config.json of init_from_hf_path describes the network", quiet_for=("qwen3lm",)),
+        Field(description="MindSpeed-MM's name of the language model."),
+    ] = None
+    freeze: Annotated[bool, Field(description="Whether the language model and its head stay as they are.")]
+    num_layers: Annotated[PositiveInt | None, _MEGATRON, Field(description="Layers.")] = None
+    hidden_size: Annotated[PositiveInt | None, _MEGATRON, Field(description="Width of a token.")] = None
+    num_attention_heads: Annotated[PositiveInt | None, _MEGATRON, Field(description="Attention heads.")] = (
+        None
+    )
+    num_query_groups: Annotated[
+        PositiveInt | None, _MEGATRON, Field(description="Heads of keys and values.")
+    ] = None
+    ffn_hidden_size: Annotated[
+        PositiveInt | None, _MEGATRON, Field(description="Width inside the feed-forward layers.")
+    ] = None
+    max_position_embeddings: Annotated[
+        PositiveInt | None, _MEGATRON, Field(description="Longest sequence, in tokens.")
+    ] = None
+    attn_implementation: AttentionImplementation = "flash_attention_2"
+    attn_layout: AttentionLayout = "TND"
+    is_causal: Annotated[
+        bool,
+        NoEffect("text attention is always causal", quiet_for=(False,)),
+        Field(description="Whether a mask of the whole sequence is made."),
+    ] = False
+    activation_offload: Annotated[
+        bool,
+        NotYet(False, reason="activations are kept or recomputed, not offloaded yet"),
+        Field(description="Move each layer's activations to host memory until backward."),
+    ] = False
+    synchronize_per_layer: SynchronizePerLayer = False
+    synchronize: Synchronize = None
+    use_npu_fused_moe: Annotated[
+        bool,
+        NoEffect("the backend chooses the kernels of experts", quiet_for=(False,)),
+        Field(description="Use Ascend's fused kernels for experts."),
+    ] = False
+
+
+class MoeTextDecoderConfig(TextDecoderConfig):
+    """`text_decoder` of a mixture of experts."""
+
+    num_moe_experts: Annotated[PositiveInt | None, _MEGATRON, Field(description="Experts of a layer.")] = None
+    moe_router_topk: Annotated[
+        PositiveInt | None, _MEGATRON, Field(description="Experts that a token goes through.")
+    ] = None
+    moe_ffn_hidden_size: Annotated[
+        PositiveInt | None, _MEGATRON, Field(description="Width inside an expert.")
+    ] = None
+
+
+_VISION = ("image_encoder", "vision_encoder")
+_TEXT = ("text_decoder",)
+_SAME: Mapping[KeyPath, KeyPath] = {
+    (*_VISION, "num_layers"): ("vision_config", "depth"),
+    (*_VISION, "hidden_size"): ("vision_config", "hidden_size"),
+    (*_VISION, "num_attention_heads"): ("vision_config", "num_heads"),
+    (*_VISION, "ffn_hidden_size"): ("vision_config", "intermediate_size"),
+    (*_TEXT, "num_layers"): ("text_config", "num_hidden_layers"),
+    (*_TEXT, "hidden_size"): ("text_config", "hidden_size"),
+    (*_TEXT, "num_attention_heads"): ("text_config", "num_attention_heads"),
+    (*_TEXT, "num_query_groups"): ("text_config", "num_key_value_heads"),
+    (*_TEXT, "ffn_hidden_size"): ("text_config", "intermediate_size"),
+    (*_TEXT, "max_position_embeddings"): ("text_config", "max_position_embeddings"),
+}
+
+
+class Qwen3VLConfig(TransformersFamilyConfig):
+    """A transformers model with `model_id: qwen3_vl`: the dense Qwen3-VL models."""
+
+    hf_model_type: ClassVar[str] = "qwen3_vl"
+    hf_config_keys: ClassVar[Mapping[KeyPath, KeyPath]] = _SAME
+
+    image_encoder: Annotated[ImageEncoderConfig, Field(description="The vision tower and its projector.")]
+    text_decoder: Annotated[TextDecoderConfig, Field(description="The language model.")]
+
+
+class Qwen3VLMoeConfig(TransformersFamilyConfig):
+    """A transformers model with `model_id: qwen3_vl_moe`: the Qwen3-VL models with experts."""
+
+    hf_model_type: ClassVar[str] = "qwen3_vl_moe"
+    hf_config_keys: ClassVar[Mapping[KeyPath, KeyPath]] = {
+        **_SAME,
+        (*_TEXT, "num_moe_experts"): ("text_config", "num_experts"),
+        (*_TEXT, "moe_router_topk"): ("text_config", "num_experts_per_tok"),
+        (*_TEXT, "moe_ffn_hidden_size"): ("text_config", "moe_intermediate_size"),
+    }
+
+    image_encoder: Annotated[ImageEncoderConfig, Field(description="The vision tower and its projector.")]
+    text_decoder: Annotated[MoeTextDecoderConfig, Field(description="The language model.")]

@@ -1,0 +1,209 @@
+"""What a configuration may say about Wan's autoencoder and what makes its image conditions. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mm_core.config.keys import NotYet
+from mm_core.config.section import SectionModel, invalid
+
+PositiveInt = Annotated[int, Field(ge=1)]
+# Far above every model there is: a slip of the keyboard is an error here rather than a build without end.
+Width = Annotated[int, Field(ge=1, le=2**18)]
+Channels = Annotated[int, Field(ge=1, le=2**16)]
+Layers = Annotated[int, Field(ge=1, le=1000)]
+UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
+
+_TILES = 'tiles are those of diffusers, which "tile_sample_min_height" and the other three describe'
+
+
+class WanVideoVAETiling(SectionModel):
+    """`ae.tiling_param`, in pixels of the video."""
+
+    tile_sample_min_height: Annotated[PositiveInt, Field(description="Height of a tile, in pixels.")] = 256
+    tile_sample_min_width: Annotated[PositiveInt, Field(description="Width of a tile, in pixels.")] = 256
+    tile_sample_stride_height: Annotated[
+        PositiveInt, Field(description="Pixels from one tile to the next one below; the rest overlaps.")
+    ] = 192
+    tile_sample_stride_width: Annotated[
+        PositiveInt, Field(description="Pixels from one tile to the next one beside; the rest overlaps.")
+    ] = 192
+    tile_size: Annotated[
+        Any, NotYet(None, reason=_TILES), Field(description="Size of a tile in MindSpeed-MM's own tiling.")
+    ] = None
+    tile_stride: Annotated[
+        Any, NotYet(None, reason=_TILES), Field(description="Stride of a tile in MindSpeed-MM's own tiling.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> WanVideoVAETiling:
+        for side in ("height", "width"):
+            size, stride = (getattr(self, f"tile_sample_{what}_{side}") for what in ("min", "stride"))
+            if stride > size:
+                raise invalid(
+                    f"tile_sample_stride_{side}",
+                    f"tile_sample_stride_{side} {stride} is larger than tile_sample_min_{side} {size}: "
+                    "tiles would leave gaps",
+                )
+        return self
+
+
+class WanVideoVAEConfig(SectionModel):
+    """`ae` with `model_id: wan_video_vae`: diffusers' AutoencoderKLWan with normalised latents.
+
+    The fields from `base_dim` on describe the network. They are for `init: random`; a pretrained folder brings
+    its own, and one given beside it must agree.
+    """
+
+    do_sample: Annotated[
+        bool, Field(description="Draw latents from the encoder's distribution; false takes its mode.")
+    ] = True
+    norm_latents: Annotated[bool, Field(description="Normalise latents.")] = True
+    norm_mode: Annotated[
+        Literal["channel_specified_shift_scale", "value_shift_scale"],
+        Field(
+            description="By the mean and deviation of each channel, or by one shift_factor and one scaling_factor."
+        ),
+    ] = "channel_specified_shift_scale"
+    shift_factor: Annotated[
+        float | None, Field(description="Subtracted from latents, with value_shift_scale.")
+    ] = None
+    scaling_factor: Annotated[
+        Annotated[float, Field(gt=0.0)] | None,
+        Field(description="Multiplies latents, with value_shift_scale; None: the folder's own."),
+    ] = None
+    enable_tiling: Annotated[
+        bool, Field(description="Encode and decode in overlapping tiles, which needs less memory.")
+    ] = False
+    tiling_param: Annotated[
+        WanVideoVAETiling | None, Field(description="Tiles, if enable_tiling is true; None: diffusers' own.")
+    ] = None
+    i2v_processor: Annotated[
+        dict[str, Any] | None,
+        NotYet(None, reason="the condition of image-to-video training is not made yet"),
+        Field(
+            description="What makes the image condition; `processor_id` is its id, and its own config class checks "
+            "the section."
+        ),
+    ] = None
+
+    base_dim: Annotated[Channels | None, Field(description="Channels of the encoder's first stage.")] = None
+    decoder_base_dim: Annotated[
+        Channels | None, Field(description="Channels of the decoder's last stage; None: base_dim.")
+    ] = None
+    z_dim: Annotated[Channels | None, Field(description="Channels of the latents.")] = None
+    dim_mult: Annotated[
+        list[PositiveInt] | None, Field(description="Factor of the channels of each stage.")
+    ] = None
+    num_res_blocks: Annotated[Layers | None, Field(description="Residual blocks of a stage.")] = None
+    attn_scales: Annotated[list[float] | None, Field(description="Scales at which the network attends.")] = (
+        None
+    )
+    temperal_downsample: Annotated[
+        list[bool] | None,
+        Field(description="Whether each stage but the last halves time (the spelling is diffusers')."),
+    ] = None
+    dropout: Annotated[UnitInterval | None, Field(description="Probability of dropping an activation.")] = (
+        None
+    )
+    latents_mean: Annotated[list[float] | None, Field(description="Mean of each channel of the latents.")] = (
+        None
+    )
+    latents_std: Annotated[
+        list[Annotated[float, Field(gt=0.0)]] | None,
+        Field(description="Standard deviation of each channel of the latents."),
+    ] = None
+    is_residual: Annotated[
+        bool | None, Field(description="Whether stages have residual shortcuts, as Wan2.2 5B's.")
+    ] = None
+    in_channels: Annotated[
+        Channels | None, Field(description="Channels of the (patchified) video that goes in.")
+    ] = None
+    out_channels: Annotated[Channels | None, Field(description="Channels of the video that comes out.")] = (
+        None
+    )
+    patch_size: Annotated[
+        PositiveInt | None, Field(description="Pixels of a side that are folded into channels first.")
+    ] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> WanVideoVAEConfig:
+        if (
+            self.dim_mult is not None
+            and self.temperal_downsample is not None
+            and len(self.temperal_downsample) != len(self.dim_mult) - 1
+        ):
+            raise invalid(
+                "temperal_downsample",
+                f"temperal_downsample has {len(self.temperal_downsample)} entries, but dim_mult of "
+                f"{len(self.dim_mult)} stages "
+                f"needs {len(self.dim_mult) - 1}",
+            )
+        if self.temperal_downsample is not None and sum(self.temperal_downsample) > 2:
+            raise invalid(
+                "temperal_downsample",
+                "temperal_downsample may be true at most twice: the encoder reads frames in groups of four",
+            )
+        for name in ("latents_mean", "latents_std"):
+            values = getattr(self, name)
+            if values is not None and self.z_dim is not None and len(values) != self.z_dim:
+                raise invalid(name, f"{name} has {len(values)} entries for z_dim {self.z_dim}")
+        return self
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents; left out they are upstream's, Wan2.1's."""
+        return 16 if self.z_dim is None else self.z_dim
+
+    def size_problem(self, frames: int, height: int, width: int) -> str | None:
+        """Return why a video of these sizes cannot be encoded, or None."""
+        if (frames - 1) % 4:
+            near = 1 + (frames - 1) // 4 * 4
+            return f"frames must be 4k + 1; nearest are {near} and {near + 4}"
+        stages = 4 if self.dim_mult is None else len(self.dim_mult)
+        factor = 2 ** (stages - 1) * (self.patch_size or 1)
+        for side, size in (("height", height), ("width", width)):
+            if size % factor:
+                near = size // factor * factor
+                choices = f"nearest are {near} and {near + factor}" if near else f"at least {factor}"
+                return f"{side} must be a multiple of {factor}; {choices}"
+        return None
+
+
+_Tiling = Annotated[
+    Literal["auto"] | bool,
+    Field(description="Encode the given frames in tiles; `auto` leaves it to the processor."),
+]
+
+
+class WanI2VProcessorConfig(SectionModel):
+    """`ae.i2v_processor` with `processor_id: wan_i2v_processor`: the first frame (and the last) as latents and a
+    mask, beside the noised ones.
+    """
+
+    has_weights = False
+
+    image_encoder: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Folder of the CLIP image encoder, for Wan2.1's models; Wan2.2's have none.",
+        ),
+    ] = None
+    i2v_vae_encode_tiling: _Tiling = "auto"
+
+
+class WanTI2VProcessorConfig(SectionModel):
+    """`ae.i2v_processor` with `processor_id: wan_ti2v_processor`: the first frame's latents in place of the noised
+    ones, as Wan2.2 5B takes them.
+    """
+
+    has_weights = False
+
+    image_encoder: Annotated[
+        str | None,
+        Field(min_length=1, description="Folder of the CLIP image encoder; Wan2.2's models have none."),
+    ] = None
+    i2v_vae_encode_tiling: _Tiling = "auto"
