@@ -4,27 +4,29 @@ torch is not imported.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 
 from mm_core.cli import pydantic_plugins
-from mm_core.cli.options import output_format
+from mm_core.cli.options import choice, output_format
+from mm_core.cli.tables import json_text
 from mm_core.config.findings import ConfigError, Finding, has_errors
 
 _HELP = """\
-usage: mm check FILE... [--format text|json]
-       mm check --mm-model FILE --mm-data FILE [FLAGS OF mm train] [key.path=value...] [--format text|json]
-       mm check job.yaml FLAG_OR_OVERRIDE... [--format text|json]
+usage: mm check FILE... [--format text|json] [--level note|warning|error]
+       mm check --mm-model FILE --mm-data FILE [FLAGS OF mm train] [key.path=value...]
+       mm check job.yaml FLAG_OR_OVERRIDE...
        mm check ... --build
 
 Check configuration files: syntax, keys, types, ids, and how the files of a job fit together. A single file
 may be a training model, an inference, data, tools or sharding file, or a job file; its keys tell which. With flags
 or overrides it is a job on this machine, whose paths must exist. Exit code 2 if there is an error, else 0.
 
+--level warning leaves notes out of the text, --level error warnings too; the last line counts all.
 --build imports torch, builds the models on the meta device, and checks the patterns of the sharding file against
 them and the names and shapes of weights, of which it reads headers only. A line says what was built.
 """
+LEVELS = ("note", "warning", "error")
 _PLURALS = {"error": "errors", "warning": "warnings", "note": "notes"}
 
 
@@ -35,25 +37,36 @@ def run(argv: list[str]) -> int:
         return 0
     pydantic_plugins.disable()
     form, rest = output_format(argv, ("text", "json"))
+    level, rest = choice(rest, "--level", LEVELS)
     build = "--build" in rest
     rest = [word for word in rest if word != "--build"]
-    findings, summary = _findings(rest), list[str]()
-    if build:
-        from mm_core.cli.check_build import check_build  # imports torch
+    summary: list[str] = []
+    try:
+        findings = _findings(rest)
+        if build:
+            from mm_core.cli.check_build import check_build  # imports torch
 
-        report = check_build(rest, findings)
-        findings, summary = (*findings, *report.findings), report.summary
+            report = check_build(rest, findings)
+            findings, summary = (*findings, *report.findings), report.summary
+    except ConfigError as error:
+        if form != "json":
+            raise
+        findings = error.findings
     if form == "json":
         data = {"findings": [finding.to_dict() for finding in findings]}
-        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json_text(data))
     else:
-        sys.stdout.write("".join(f"{line}\n" for line in summary) + findings_text(findings))
+        sys.stdout.write("".join(f"{line}\n" for line in summary) + findings_text(findings, level))
     return ConfigError.exit_code if has_errors(findings) else 0
 
 
 def _findings(arguments: list[str]) -> tuple[Finding, ...]:
     from mm_core.config.overrides import is_override
 
+    if not arguments:
+        text = "no file is named, so there is nothing to check"
+        mend = "Name the files, or see mm check --help"
+        raise ConfigError([Finding("error", "missing-argument", text, path="mm check", suggestion=mend)])
     files = [word for word in arguments if not word.startswith("-") and not is_override(word)]
     if files and len(files) == len(arguments):
         from mm_core.config.file_check import check_file
@@ -69,10 +82,11 @@ def _findings(arguments: list[str]) -> tuple[Finding, ...]:
     return check_command_line(arguments)
 
 
-def findings_text(findings: Iterable[Finding]) -> str:
-    """Return one line for each finding, and a last one that counts them."""
+def findings_text(findings: Iterable[Finding], least: str = "note") -> str:
+    """Return one line for each finding of a level, or a graver one, and a last line that counts all."""
     findings = tuple(findings)
-    lines = [str(finding) for finding in findings]
+    shown = LEVELS[LEVELS.index(least) :]
+    lines = [str(finding) for finding in findings if finding.level in shown]
     counts = [
         f"{count} {level if count == 1 else plural}"
         for level, plural in _PLURALS.items()

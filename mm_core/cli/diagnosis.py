@@ -15,9 +15,9 @@ from mm_registry.discovery import Record
 from mm_registry.requirements import API_DISTRIBUTIONS, in_force, unmet
 from mm_registry.spec import EXCLUDED, canonical_name
 
-#: Roles whose sections a config class checks, and roles that FSDP shards.
+#: Roles whose sections a config class checks, and roles that FSDP shards (transformers models are not trained yet).
 WITH_CONFIG = ("diffusion", "predictor", "ae", "text_encoder", "i2v_processor", "dataset")
-WITH_POLICY = ("predictor", "transformers_model")
+WITH_POLICY = ("predictor",)
 
 #: From bad to good.
 LEVELS = ("error", "warning", "note")

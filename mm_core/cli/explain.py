@@ -61,7 +61,13 @@ def run(argv: list[str]) -> int:
     if field is not None:
         from mm_core.config.explain import matching
 
-        explained = matching(field, explained)
+        try:
+            explained = matching(field, explained)
+        except ConfigError as error:
+            if form != "json":
+                raise
+            sys.stdout.write(json_text({"findings": [finding.to_dict() for finding in error.findings]}))
+            return error.exit_code
     if form == "json":
         sys.stdout.write(json_text([item.to_dict() for item in explained]))
     else:

@@ -7,6 +7,7 @@ Exit codes: 0; 2 for a mistake of the user's (the message says where and how to 
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -151,11 +152,18 @@ def _report(error: UserError) -> None:
     sys.stderr.write(printable(f"{prefix}: {error}\n"))
 
 
+def _write_any(output: TextIO) -> None:
+    """Spell out what the output's encoding lacks (`LC_ALL=POSIX`, a redirection elsewhere): half a page is worse."""
+    if isinstance(output, io.TextIOWrapper):
+        output.reconfigure(errors="backslashreplace")
+
+
 def run() -> None:
     """Entry point of the console script."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # started without it (`>&-`): what is written goes nowhere
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    _write_any(sys.stdout)
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -7,6 +7,7 @@ import sys
 
 from mm_core.cli import pydantic_plugins
 from mm_core.cli.options import take_option
+from mm_core.cli.tables import printable
 
 _HELP = """\
 usage: mm migrate SOURCE... [NAME=VALUE...] [FLAGS OF mm train] [--output FILE] [--dry-run] [--no-inline]
@@ -42,7 +43,7 @@ def run(argv: list[str]) -> int:
     output = _OUTPUT if output is None else output
     dry, inline = "--dry-run" in rest, "--no-inline" not in rest
     rest = [word for word in rest if word not in ("--dry-run", "--inline", "--no-inline")]
-    if not output.lower().endswith((".yaml", ".yml")):
+    if os.path.splitext(output)[1].lower() not in (".yaml", ".yml"):
         text = f'"{output}" is no name of a YAML file'
         raise ConfigError(
             [Finding("error", "wrong-value", text, path="--output", suggestion="End it in .yaml")]
@@ -58,11 +59,12 @@ def run(argv: list[str]) -> int:
     if migration.findings:
         sys.stdout.write("\nAbout the sources:\n" + findings_text(migration.findings))
     findings = migration.check() if dry else check_file(output)
+    name = printable(output)
     sys.stdout.write(
-        f"\nThe check of {output}{' (not written)' if dry else ''} says:\n" + findings_text(findings)
+        f"\nThe check of {name}{' (not written)' if dry else ''} says:\n" + findings_text(findings)
     )
     if not has_errors(findings):
         return 0
     if not dry:
-        sys.stdout.write(f"{output} is written; mend what the check calls an error\n")
+        sys.stdout.write(f"{name} is written; mend what the check calls an error\n")
     return ConfigError.exit_code

@@ -36,12 +36,20 @@ def output_format(argv: Sequence[str], formats: Sequence[str]) -> tuple[str, lis
     Raises:
         ConfigError: it is none of them.
     """
-    value, rest = take_option(argv, "--format")
-    if value is not None and value not in formats:
-        text = f'"{value}" is no format'
-        mend = f"Write {' or '.join(formats)}"
-        raise _mistake("wrong-value", text, "--format", mend)
-    return value or formats[0], rest
+    return choice(argv, "--format", formats)
+
+
+def choice(argv: Sequence[str], name: str, values: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the value of an option (by default the first of `values`), and the other words.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    value, rest = take_option(argv, name)
+    if value is not None and value not in values:
+        text = f'"{value}" is no {name.removeprefix("--")}'
+        raise _mistake("wrong-value", text, name, f"Write {' or '.join(values)}")
+    return value or values[0], rest
 
 
 def only_word(argv: Sequence[str], command: str, what: str) -> str:

@@ -4,12 +4,12 @@ that happens in processes of their own.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mm_core.cli import pydantic_plugins
 from mm_core.cli.options import only_word, output_format, take_option
 from mm_core.cli.tables import json_text, printable, table
 from mm_registry.errors import UserError
@@ -41,8 +41,7 @@ def run(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         sys.stdout.write(_HELP)
         return 0
-    # pydantic would read the metadata of every distribution for plugins of its own.
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    pydantic_plugins.disable()
     form, rest = output_format(argv, ("table", "json"))
     written, rest = take_option(rest, "--only")
     imports = "--import" in rest

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_core.cli import pydantic_plugins
 from mm_core.cli.options import only_word, take_option
 from mm_core.cli.tables import json_text
 from mm_registry.errors import UserError
@@ -35,7 +36,7 @@ def run(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         sys.stdout.write(_HELP)
         return 0
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # see `mm check`
+    pydantic_plugins.disable()
     output, rest = take_option(argv, "--output")
     text = json_text(_schema(only_word(rest, "mm schema", "a kind of file or an id")))
     if output is None:

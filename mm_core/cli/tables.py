@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# C0 without tab and line feed, delete, C1: what a terminal obeys rather than shows.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# C0 without tab and line feed, delete, C1, and what turns or breaks a line: what a terminal obeys rather than shows.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+# Of these, what `json.dumps` leaves as it is; and bytes of a command line that are no text.
+_JSON_CONTROLS = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, indent: str = "") -> str:
@@ -34,9 +36,10 @@ def named_values(pairs: Iterable[tuple[str, str]], *, indent: str = "  ") -> str
 
 def printable(text: str) -> str:
     """Return text that a terminal shows and does not obey: metadata and messages are written by strangers."""
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def json_text(value: Any) -> str:
     """Return `value` as indented JSON with a line feed at its end."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return _JSON_CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

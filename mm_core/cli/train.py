@@ -52,8 +52,7 @@ def _check_lock(flags: TrainFlags) -> None:
     """
     if not flags.locked and flags.lock_file is None:
         return
-    from pathlib import Path
-
+    from mm_core.config.document import expanded
     from mm_registry.lock import NAME, require_lock
 
-    require_lock(Path(flags.lock_file or NAME), default_manager())
+    require_lock(expanded(flags.lock_file or NAME), default_manager())

@@ -18,13 +18,14 @@ _RECOMPUTE = "recompute_modules in fsdp2.yaml chooses what is computed again"
 _MEGATRON = "FSDP2 does it its own way"
 _GC = "Python collects garbage as usual"
 _METRICS = "metrics.jsonl and TensorBoard's files have the numbers of every step"
-_LORA = "LoRA is not available yet"
+_LORA = "LoRA is not available yet, and without it every weight would be trained"
 _LORA_OFF = "LoRA begins with --lora-target-modules, which is not available yet"
 _UNREAD = "MindSpeed-MM does not read it either"
+_SEQUENCE = "only language models cut their sequences at it, and they cannot be trained yet"
 _LM = "it concerns language models, which cannot be trained yet"
 _BALANCE = "samples are dealt in one global order, whatever their size"
 _BATCHING = "only --use-txt-dynamic-batching reads it"
-_DPO = "preference training (DPO) is not available"
+_DPO = "preference training (DPO) is not available yet"
 _DPO_ONLY = "only preference training (DPO) reads it"
 _SIMULATION = "only automatic parallelism reads it"
 _DATA_FILE = "the data file (--mm-data) names data and tokenizer"
@@ -49,7 +50,7 @@ class AcceptedFlags(SectionModel):
     vocab_size: _ModelInt = None
     padded_vocab_size: _ModelInt = None
     make_vocab_size_divisible_by: _ModelInt = None
-    seq_length: _ModelInt = None
+    seq_length: Annotated[int | None, NoEffect(_SEQUENCE)] = None
     max_position_embeddings: _ModelInt = None
     num_layers: _ModelInt = None
     hidden_size: _ModelInt = None
@@ -134,13 +135,13 @@ class UnavailableFlags(SectionModel):
     use_txt_dynamic_batching: Annotated[bool, NotYet(False, reason=_LM)] = False
     use_data_balance: Annotated[bool, NotYet(False, reason=_BALANCE)] = False
     use_image_mbs_data_balance: Annotated[bool, NotYet(False, reason=_LM)] = False
+    ref_model: Annotated[str | None, NotYet(None, reason=_DPO)] = None
+    pref_ftx: Annotated[float | None, NotYet(None, 0.0, reason=_DPO)] = None
 
 
 class RefusedFlags(SectionModel):
     """Known and refused"""
 
-    ref_model: Annotated[str | None, Only(None, reason=_DPO)] = None
-    pref_ftx: Annotated[float | None, Only(None, 0.0, reason=_DPO)] = None
     stage: Annotated[str | None, Only(None, reason="reinforcement learning is not available")] = None
     trust_remote_code: Annotated[
         bool, Only(False, reason="code from a folder of weights is never run; install a plugin instead")

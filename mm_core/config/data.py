@@ -74,10 +74,12 @@ class DataloaderConfig(SectionModel):
         int | None, Field(ge=1, description="Batches that each worker prepares ahead.")
     ] = None
     persistent_workers: Annotated[
-        bool,
-        NoEffect("workers always live as long as the job: there is no end of an epoch"),
+        bool | None,
+        NoEffect(
+            "workers always live as long as the job: there is no end of an epoch", quiet_for=(True, None)
+        ),
         Field(description="Keep workers from one epoch to the next."),
-    ] = False
+    ] = None
     group_frame: Annotated[_Bucket, Field(description="Batches of clips with as many frames.")] = False
     group_resolution: Annotated[_Bucket, Field(description="Batches of clips of one resolution.")] = False
     group_data: Annotated[
@@ -95,7 +97,7 @@ class DataloaderConfig(SectionModel):
     ] = False
     priority_mode: Annotated[
         str | None,
-        NoEffect("it orders buckets, which are not used"),
+        NoEffect("it orders buckets, which are not used", quiet_for=("data_bucketing_img", None)),
         Field(description="Which buckets come first."),
     ] = None
     collate_param: Annotated[

@@ -111,7 +111,9 @@ class PreprocessParameters(SectionModel):
         Field(description="Library that decodes images."),
     ] = None
     image_processer_type: Annotated[
-        str | None, NoEffect("only videos are read"), Field(description="How images become samples.")
+        str | None,
+        NoEffect("only videos are read", quiet_for=("image2video", None)),
+        Field(description="How images become samples."),
     ] = None
     use_aesthetic: Annotated[
         bool,
@@ -166,9 +168,9 @@ class PreprocessParameters(SectionModel):
     ] = 1.5
     truncate_t_by_sp: Annotated[
         bool,
-        NoEffect("sequences are not split over ranks", quiet_for=(False,)),
+        NoEffect("sequences are not split over ranks", quiet_for=(True, False)),
         Field(description="Cut clips to a length that divides among the ranks of one sequence."),
-    ] = False
+    ] = True
     vae_scale_factor: Annotated[
         tuple[PositiveInt, PositiveInt, PositiveInt],
         Field(
@@ -201,6 +203,11 @@ class PreprocessParameters(SectionModel):
                 f"must be at least 1, not {self.speed_factor:g}: videos are sped up, never slowed down; "
                 "a higher train_fps (with auto_interval) slows the motion of a clip",
             )
+        if 0 < self.hw_aspect_thr < 1:
+            raise invalid(
+                "hw_aspect_thr",
+                f"must be at least 1, or 0 for 1.5, not {self.hw_aspect_thr:g}: no video is within such a factor",
+            )
         if self.min_hxw is not None and self.max_hxw is not None and self.min_hxw > self.max_hxw:
             raise invalid("min_hxw", f"must be at most max_hxw ({self.max_hxw})")
         return self
@@ -227,8 +234,11 @@ class T2VDatasetConfig(SectionModel):
     ] = Field(default_factory=list)
     use_clean_caption: Annotated[
         bool,
-        Only(False, reason="it rewrites captions by rules for web text; clean the annotations instead"),
-        Field(description="Rewrite captions by rules for web text."),
+        NoEffect("text_preprocess_methods alone say how captions are cleaned", quiet_for=(False,)),
+        Field(
+            description="Rewrite captions by rules for web text, where text_preprocess_methods are not given; that is an "
+            "error here: clean the annotations instead."
+        ),
     ] = False
     support_chinese: Annotated[
         bool,
@@ -243,8 +253,10 @@ class T2VDatasetConfig(SectionModel):
         int, Only(0, reason=_SPLICING), Field(description="Images that are appended to a video.")
     ] = 0
     use_img_from_vid: Annotated[
-        bool, NoEffect(_SPLICING), Field(description="Take those images from the video itself.")
-    ] = False
+        bool,
+        NoEffect(_SPLICING, quiet_for=(True, False)),
+        Field(description="Take those images from the video itself."),
+    ] = True
     max_bad_samples: Annotated[
         Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)],
         Field(
@@ -257,6 +269,16 @@ class T2VDatasetConfig(SectionModel):
         int,
         Field(ge=0, description="Host memory for decoded clips of one rank; small sets are decoded once."),
     ] = 256 * 2**20
+
+    @model_validator(mode="after")
+    def _cleaning(self) -> Self:
+        if self.use_clean_caption and self.enable_text_preprocessing and not self.text_preprocess_methods:
+            raise invalid(
+                "use_clean_caption",
+                "captions cannot be rewritten by rules for web text; write false and clean the annotations, "
+                "or give text_preprocess_methods",
+            )
+        return self
 
     def text_methods(self) -> tuple[str, ...]:
         """Return the names of the cleaning steps that are applied, in order."""

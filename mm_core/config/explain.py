@@ -18,7 +18,6 @@ from mm_core.config.findings import (
     clip,
     has_errors,
     sort_findings,
-    unavailable_is_error,
 )
 from mm_core.config.flag_parsing import read_command_line
 from mm_core.config.flag_table import AcceptedFlags, RefusedFlags
@@ -86,8 +85,10 @@ def explain_files(paths: Sequence[str], *, manager: PluginManager | None = None)
     for path in paths:
         document = without_schema(read_document(path))
         kind = detect_kind(document)
-        if kind is None or kind is Kind.TRANSFORMERS:  # nothing of it is resolved yet
-            raise ConfigError(unavailable_is_error(check_file(path, manager=manager)))
+        if kind is None:
+            raise ConfigError(check_file(path, manager=manager))
+        if kind is Kind.TRANSFORMERS:
+            kind = Kind.MODEL  # a job has one of the two
         alone = {Kind.INFERENCE, *JOB_KINDS} & {kind, *kinds}
         other = kinds.get(kind) or (next(iter(kinds.values()), None) if alone else None)
         if other is not None:
@@ -167,6 +168,8 @@ def _training(flags: TrainFlags, manager: PluginManager, *, with_flags: bool) ->
         document = job.documents[name]
         legacy = legacy_paths(CLASSES[kind], own, document)
         yield from _explain(name, resolved["values"][name], document, overwrites, legacy)
+    if draft.transformers is not None:
+        yield from _explain("model", draft.transformers, draft.documents["model"], (), {})
     if with_flags:
         for flag, value in {**resolved["values"]["flags"], **resolved["launch"]}.items():
             if flag in _IDLE_FLAGS and flag not in job.flags.model_fields_set:

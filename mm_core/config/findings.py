@@ -166,6 +166,7 @@ def did_you_mean(name: str, options: Sequence[str], *, what: str = "key") -> str
         return f'Did you mean "{near}"?'
     if not options:
         return ""
-    shown = ", ".join(sorted(options)[:12])
-    more = f" and {len(options) - 12} more" if len(options) > 12 else ""
+    known = sorted(set(options))
+    shown = ", ".join(known[:12])
+    more = f" and {len(known) - 12} more" if len(known) > 12 else ""
     return f"Known {what}s: {shown}{more}"

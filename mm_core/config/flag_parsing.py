@@ -17,6 +17,8 @@ from mm_core.config.section import check_section
 
 TYPE_CHECKING = False  # typing's, which is slow to import
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from mm_core.config.job_file import JobFile
 
 _WHOLE = re.compile(r"[+-]?\d+\Z")
@@ -138,14 +140,21 @@ def _put_under(line: _Line, job: JobFile) -> None:
             line.findings.append(
                 Finding.at(entry.key, "error", "unknown-flag", text, path=entry.path, suggestion=mend)
             )
-        elif name not in line.given and name not in line.taken_back and entry.value is not False:
+        elif name not in line.given and name not in line.taken_back and not _asks_nothing(field, entry.value):
             line.put(name, _from_yaml(kind_of(field), entry.value), entry.path, entry.origin, entry.key)
+
+
+def _asks_nothing(field: FieldInfo, value: Any) -> bool:
+    """Whether a flag of a job file is as if it were not there: a switch that is off, a file that is not named. A number
+    that has a default is none of these: `weight_decay: false` would train with another one than 0.
+    """
+    return value is False and (kind_of(field) is bool or field.default is None)
 
 
 def _from_yaml(kind: type, value: Any) -> Any:
     """Return a flag's value that a job file has. What MindSpeed-MM reads back from a text is no mistake."""
-    if value is True:
-        return True
+    if isinstance(value, bool):
+        return value
     if kind is list:
         return convert(list, [str(item) for item in value] if isinstance(value, list) else [str(value)])
     if kind is str and isinstance(value, int | float):
@@ -231,7 +240,7 @@ def _override(line: _Line, override: Override) -> None:
             near = closest(".".join(override.path), TrainFlags.model_fields)
             problem = f'there is no flag "{clip(".".join(override.path))}"'
             mend = f'Did you mean "{near}"?' if near else "`mm train --help` lists the flags"
-        elif override.value is None or override.value is False:
+        elif override.value is None or _asks_nothing(field, override.value):
             line.taken_back.add(name)  # as if the job file did not have it
             return
         else:

@@ -133,7 +133,8 @@ class TrainFlags(
 def world_size(flags: TrainFlags, environ: Mapping[str, str] | None = None) -> int:
     """Return the number of ranks of the job: a launcher's `WORLD_SIZE`, else what the flags ask for."""
     launched = read("WORLD_SIZE", environ) or ""
-    if read("RANK", environ) is not None and launched.isdigit() and int(launched) > 0:
+    whole = launched.isascii() and launched.isdigit() and len(launched) < 10  # "²".isdigit() is true
+    if read("RANK", environ) is not None and whole and int(launched) > 0:
         return int(launched)
     return (flags.nproc_per_node or 1) * (flags.nnodes or 1)
 

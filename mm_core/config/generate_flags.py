@@ -25,6 +25,7 @@ from mm_core.config.section import SectionModel, check_section
 _TRAINING = "only training reads it"
 _ONE_PROCESS = "videos are made by one process"
 _DTYPE = "dtype in the inference file decides"
+_PROMPTS = "the inference file names tokenizer and prompts"
 _LOCK = "only `mm train` compares the plugins with a lock"
 #: Groups of training flags that generation has no use for, whatever they say.
 _OF_TRAINING = (
@@ -50,6 +51,8 @@ _MARKS: dict[str, Any] = {
     "distributed_backend": NoEffect(_ONE_PROCESS),
     "distributed_timeout_minutes": NoEffect(_ONE_PROCESS),
     "use_torch_fsdp2": NoEffect("nothing is sharded in generation"),
+    **dict.fromkeys(("tokenizer_type", "tokenizer_model", "tokenizer_name_or_path"), NoEffect(_PROMPTS)),
+    "seq_length": NoEffect("model_max_length of the inference file's tokenizer says how long a prompt is"),
 }
 
 

@@ -125,6 +125,7 @@ class TrainingDraft:
     fsdp2: Fsdp2Config | None = None
     components: dict[str, ComponentConfig] = field(default_factory=dict)
     callbacks: tuple[EntrySpec, ...] = ()
+    transformers: dict[str, Any] | None = None  # every value of a transformers model's section
 
 
 def load_training_job(flags: TrainFlags, *, manager: PluginManager | None = None) -> TrainingJob:
@@ -199,7 +200,7 @@ def draft_training_job(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -
     if model is not None and detect_kind(model) is Kind.TRANSFORMERS:
         from mm_core.config.transformers_check import check_transformers_model  # few jobs are of this kind
 
-        check_transformers_model(model, assembly, "error" if to_run else "note")
+        draft.transformers = check_transformers_model(model, assembly, "error")
         model = None  # no task makes a job of it yet
     parts, data_parts = _find(assembly, model, data)
     parts = assembly.resolve_all(parts, model) if model else []
@@ -321,7 +322,7 @@ def _precision(draft: TrainingDraft, fsdp2: Fsdp2Config) -> tuple[Fsdp2Config, l
             fsdp2 = fsdp2.model_copy(update=chosen)
             for name, value in chosen.items():
                 document = draft.documents["fsdp2"]
-                if not document.has((name,)):
+                if not document.has((name,)) or document.value((name,)) is None:
                     origin = draft.flags.origin("bf16")
                     draft.documents["fsdp2"] = document.replaced((name,), value, origin)
         elif fsdp2.param_dtype != "bf16":

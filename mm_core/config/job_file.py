@@ -15,6 +15,7 @@ Any other key is an error.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,8 @@ def read_job_file(path: str) -> JobFile:
     document = without_schema(read_document(path))
     kind = detect_kind(document)
     if kind not in JOB_KINDS:
-        what = f"this is a {kind} by its keys" if kind else "none of its keys is one of a job file"
+        article = "an" if kind is Kind.INFERENCE else "a"
+        what = f"this is {article} {kind} by its keys" if kind else "none of its keys is one of a job file"
         flag = {
             Kind.MODEL: "--mm-model ", Kind.DATA: "--mm-data ", Kind.TOOLS: "--mm-tool ",
             Kind.FSDP2: "--fsdp2-config-path ",
@@ -94,6 +96,8 @@ def from_document(document: Document) -> JobFile:
         flags.remove("flags")
     for key in flags:
         _collect_flags(job, document, (key,), paths)
+    # An alias has the place of what it stands for.
+    held = Counter(document.origins.values())
     for key, value in document.data.items():
         if key in SECTIONS:
             _section(job, document, key, value, paths)
@@ -102,7 +106,7 @@ def from_document(document: Document) -> JobFile:
         elif key == "plugins":
             job.plugins = document
         elif key not in FLAG_SECTIONS:
-            _holder(job, document, key, value)
+            _holder(job, document, key, value, aliased=held[document.origin((key,))] > 1)
     for key, section in job.sections.items():
         other = job.flags.pop(FLAG_OF[key], None)
         if other is not None:
@@ -154,10 +158,15 @@ def _collect_flags(job: JobFile, document: Document, path: KeyPath, paths: Paths
         return
     for key, value in node.items():
         place: KeyPath = (*path, key)
-        if isinstance(value, Mapping):
-            _collect_flags(job, document, place, paths)
-            continue
         name = key.removeprefix("--").replace("-", "_")
+        if isinstance(value, Mapping):
+            if name in TrainFlags.model_fields:
+                text = f'"{dotted(place)}" is {show(value, place)}, expected the value of a flag'
+                origin = document.origin(place)
+                job.findings.append(Finding.at(origin, "error", "wrong-type", text, path=place))
+            else:
+                _collect_flags(job, document, place, paths)
+            continue
         before = job.flags.get(name)
         if before is not None:
             _twice(job, document, place, f'"{clip(key)}" is given twice', before)
@@ -175,10 +184,9 @@ def _twice(job: JobFile, document: Document, path: KeyPath, text: str, first: Fl
     job.findings.append(given_twice(document.key_origin(path), f"{text}, first at {place}", path))
 
 
-def _holder(job: JobFile, document: Document, key: str, value: Any) -> None:
+def _holder(job: JobFile, document: Document, key: str, value: Any, *, aliased: bool) -> None:
     """A name in capitals may hold a scalar, which aliases repeat; any other key is unknown."""
     origin, path = document.key_origin((key,)), (key,)
-    held = document.origin(path)
     capitals = key.isupper() and key.replace("_", "").isalnum()
     # FSDP2_PATH is a name of its own, however near it is to fsdp2; MODEL is not.
     lower = key.lower() if key.lower() in KEYS else None
@@ -192,8 +200,8 @@ def _holder(job: JobFile, document: Document, key: str, value: Any) -> None:
         mend = mend or f"Known keys: {', '.join(KEYS)}"
         job.findings.append(Finding.at(origin, "error", "unknown-key", text, path=path, suggestion=mend))
         return
-    if any(other == held for place, other in document.origins.items() if place != path):
-        return  # an alias has the place of what it stands for
+    if aliased:
+        return
     if near:
         text = f'unknown key "{clip(key)}" in the job file'
         job.findings.append(Finding.at(origin, "error", "unknown-key", text, path=path, suggestion=mend))

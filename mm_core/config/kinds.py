@@ -93,12 +93,16 @@ def expect_kind(document: Document, expected: Kind, section: str = "") -> Docume
             return document
         if expected is Kind.INFERENCE and kind is Kind.MODEL and len(own) > 3:
             return document  # an inference file without its pipeline_class
-    message = f"this is a {kind} by its keys, expected a {expected}"
+    message = f"this is {_one(kind)} by its keys, expected {_one(expected)}"
     if not section:
         raise ConfigError([Finding("error", "wrong-file", message, document.path, suggestion=mend)])
     raise ConfigError(
         [Finding.at(document.origin(()), "error", "wrong-file", f"{section}: {message}", path=section)]
     )
+
+
+def _one(kind: Kind) -> str:
+    return f"an {kind}" if kind is Kind.INFERENCE else f"a {kind}"
 
 
 _HINTS = {

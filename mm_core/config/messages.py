@@ -65,18 +65,20 @@ def describe_errors(
 
     The branches of a union complain separately; they become one finding that names every accepted kind.
     """
-    from mm_core.config.section import legacy_keys
+    from mm_core.config.section import legacy_keys, walk_sections
 
     renamed = {new: old for old, new in legacy_keys(cls).items() if isinstance(data, Mapping) and old in data}
     places: dict[KeyPath, list[ErrorDetails]] = {}
     for detail in error.errors(include_url=False):
         places.setdefault(_place(detail, data, renamed), []).append(detail)
+    around = {place[:length] for place in places for length in range(len(place))}
+    fields = {where: list(section.model_fields) for section, _, where in walk_sections(cls, data, ())}
     findings = []
     for place, details in places.items():
-        deeper = any(other != place and other[: len(place)] == place for other in places)
-        if deeper and all(_is_mismatch(detail) for detail in details):
+        if place in around and all(_is_mismatch(detail) for detail in details):
             continue  # another branch of the union fits better and says more
-        findings.append(_describe(place, details, cls, data, document, base, label, also_known))
+        known = fields.get(place[:-1], []) + (list(also_known) if len(place) == 1 else [])
+        findings.append(_describe(place, details, cls, data, document, base, label, known))
     return findings
 
 
@@ -119,19 +121,13 @@ def _describe(
     document: Document,
     base: KeyPath,
     label: str,
-    also_known: Collection[str],
+    known: Collection[str],
 ) -> Finding:
-    from mm_core.config.section import walk_sections
-
     path = (*base, *place)
     first = details[0]
     key = clip(_name(place)) if place else label
     kinds = {detail["type"] for detail in details}
     if kinds == {"extra_forbidden"}:
-        known = list(also_known) if len(place) == 1 else []
-        for section, _, where in walk_sections(cls, data, ()):
-            if where == place[:-1]:
-                known += section.model_fields
         owner = label if len(place) == 1 else _inside(label, place[:-1])
         return Finding.at(
             document.key_origin(path),
@@ -139,7 +135,7 @@ def _describe(
             "unknown-key",
             f'unknown key "{key}" in {owner}',
             path=path,
-            suggestion=did_you_mean(key, known),
+            suggestion=did_you_mean(key, list(known)),
         )
     wanted = first["loc"][-1] if first["loc"] else None
     if kinds == {"missing"} and isinstance(wanted, int):

@@ -10,7 +10,7 @@ from typing import Any
 from mm_core.config.document import Document
 from mm_core.config.findings import ConfigError, Finding, clip, closest, show
 from mm_core.config.origin import KeyPath, Origin, dotted
-from mm_core.config.secrets import HIDDEN, hide, in_secret
+from mm_core.config.secrets import HIDDEN, hide, in_secret, names_secret
 
 #: Section of a job -> the flag that names its file.
 FLAG_OF = {"model": "mm_model", "data": "mm_data", "tools": "mm_tool", "fsdp2": "fsdp2_config_path"}
@@ -124,7 +124,10 @@ def _value(text: str, origin: Origin) -> Any:
 
     marked = text[0] in "[{\"'"
     try:
+        text.encode("utf-8")
         value: Any = parse_yaml(text, "").data
+    except UnicodeEncodeError:
+        raise _mistake(origin, "the value is not UTF-8 text", "Write it in UTF-8") from None
     except ConfigError as error:
         if not marked:
             return text
@@ -134,7 +137,8 @@ def _value(text: str, origin: Origin) -> Any:
 
 
 def _origin(place: str, names: tuple[str, ...], text: str) -> Origin:
-    shown = HIDDEN if in_secret(names) else hide(text)
+    secret = in_secret(names) or (text.strip()[:1] in ("[", "{") and names_secret(text))
+    shown = HIDDEN if secret else hide(text)
     if len(shown) > _SHOWN:
         shown = shown[: _SHOWN - 1] + "…"
     return Origin("flag", detail=f"command line: {clip(place)}={shown}")

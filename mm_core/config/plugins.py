@@ -1,7 +1,5 @@
 """`plugins` of a model or inference file: whose hooks take part, and the job's own selection."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 

@@ -130,8 +130,10 @@ def _rank(field: FieldInfo) -> int:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.is_required():
+    if field.is_required() or (field.description or "").endswith("; required"):
         return "required"
+    if "default:" in (field.description or ""):  # the meaning tells it
+        return "–"
     value = field.get_default(call_default_factory=True, validated_data={})
     if value is None:
         return "–"
@@ -141,7 +143,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _meaning(field: FieldInfo) -> str:
-    said = [_sentence(field.description)] if field.description else []
+    said = [_sentence(field.description.removesuffix("; required"))] if field.description else []
     for only in markers(field, Only):
         said.append(f"**Refused** but {_accepted(only.values)}: {_sentence(only.reason, upper=False)}")
     for later in markers(field, NotYet):
@@ -159,7 +161,7 @@ def _accepted(values: Iterable[Any]) -> str:
 
 def _sentence(text: str, *, upper: bool = True) -> str:
     text = " ".join(text.split())
-    word = text.partition(" ")[0].rstrip(":,")
+    word = text.partition(" ")[0].rstrip(":,").replace("-", "")
     text = text[:1].upper() + text[1:] if upper and word.isalpha() else text
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
@@ -230,7 +232,8 @@ def _range(schema: Mapping[str, Any]) -> str:
 
 def _flags() -> Iterator[str]:
     yield "## Flags of mm train\n"
-    yield "Underscores are accepted for hyphens, and `--flag=value`. `gpt_args` and `lora_args` of a job file hold the same.\n"
+    yield "Underscores are accepted for hyphens, and `--flag=value`. `gpt_args` and `lora_args` of a job file hold the same."
+    yield "`mm generate --help` has those of generation, which accepts these as well.\n"
     for group in GROUPS:
         title = " ".join((group.__doc__ or group.__name__).split())
         yield f"### {title}\n"

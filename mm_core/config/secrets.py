@@ -27,8 +27,10 @@ _SPECIAL_TOKENS = frozenset(
     | {"start", "end", "stop", "per", "max", "min", "new", "num"}
 )
 #: The user's name and password in an address, and secrets among its parameters.
-_IN_ADDRESS = re.compile(r"(?<=://)[^\s/@\"']+(?=@)")
+_IN_ADDRESS = re.compile(r"(?<=://)[^\s/?#\"']+(?=@)")
 _PARAMETER = re.compile(r"([?&;]([\w.-]+)=)([^\s&;#\"']+)")
+#: A key and what separates it from its value, in data that is written on one line.
+_WRITTEN_KEY = re.compile(r"(?<![\w.-])([\w.-]+)[\"']?\s*[:=]")
 
 
 def is_secret(key: str) -> bool:
@@ -54,6 +56,11 @@ def hide(text: str) -> str:
         return text
     text = _IN_ADDRESS.sub(HIDDEN, text)
     return _PARAMETER.sub(lambda found: found[1] + HIDDEN if is_secret(found[2]) else found[0], text)
+
+
+def names_secret(text: str) -> bool:
+    """Return whether a text that may be data (`{api_token: x}`, well-formed or not) has a key that is secret."""
+    return any(is_secret(found[1]) for found in _WRITTEN_KEY.finditer(text))
 
 
 def without_secrets(value: Any, path: Iterable[str | int] = ()) -> Any:

@@ -13,6 +13,7 @@ from mm_core.config.document import Document, expanded, read_document
 from mm_core.config.findings import NOT_AVAILABLE, ConfigError, Finding, Level, show
 from mm_core.config.origin import KeyPath, dotted
 from mm_core.config.parts import Part, config_class, find_callbacks, id_finding, resolve
+from mm_core.config.resolved import plain
 from mm_core.config.section import check_section, not_available
 from mm_core.config.transformers_model import TransformersFamilyConfig, TransformersModelConfig
 from mm_registry.errors import RegistryError
@@ -21,12 +22,17 @@ _ID: KeyPath = ("model_id",)
 _FOLDER: KeyPath = ("init_from_hf_path",)
 
 
-def check_transformers_model(document: Document, assembly: Assembly, level: Level = "note") -> None:
+def check_transformers_model(
+    document: Document, assembly: Assembly, level: Level = "note"
+) -> dict[str, Any] | None:
     """Check a transformers model's file, or the section of a job file; findings go to `assembly`, whose selection has
     been made.
 
     Args:
         level: of a folder that does not exist.
+
+    Returns:
+        Every value, defaults included; None if there is an error in the section.
     """
     known = set(TransformersModelConfig.model_fields)
     label = document.path or "the model"
@@ -48,22 +54,22 @@ def check_transformers_model(document: Document, assembly: Assembly, level: Leve
     family = cls.model_fields if cls is not None else {}
     own = {key: value for key, value in document.data.items() if key in known or (cls and key not in family)}
     rest = {key: value for key, value in document.data.items() if key not in own}
-    assembly.findings += check_section(
-        TransformersModelConfig, document, label=label, data=own, also_known=family
-    ).findings
+    checked = check_section(TransformersModelConfig, document, label=label, data=own, also_known=family)
+    assembly.findings += checked.findings
+    values = {} if checked.section is None else plain(checked.section)
     callbacks = assembly.resolve_all(find_callbacks(document), document)
     assembly.activate([*([part] if part and part.spec else []), *callbacks], document)
     if cls is not None:
-        assembly.findings += check_section(
-            cls, document, label=f"{label} ({id})", data=rest, also_known=known
-        ).findings
-        assembly.findings += _against_folder(cls, document)
+        inner = check_section(cls, document, label=f"{label} ({id})", data=rest, also_known=known)
+        assembly.findings += [*inner.findings, *_against_folder(cls, document)]
+        values = {} if inner.section is None or not values else {**values, **plain(inner.section)}
     elif rest and part is not None and part.spec is not None:
         text = f"{', '.join(map(show, rest))} of {id} cannot be checked: {part.spec.provider} has no config class for it"
         assembly.findings.append(
             Finding.at(document.origin(_ID), "note", "unchecked-section", text, path=_ID)
         )
     assembly.findings += cross.check_path(document, _FOLDER, "folder", level)
+    return values or None
 
 
 def _family(part: Part, document: Document, assembly: Assembly) -> type[BaseModel] | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 
 from mm_core.config.document import syntax_error
 from mm_core.config.findings import ConfigError, clip, show
+from mm_core.config.secrets import HIDDEN, is_secret
 
 #: Part of the parser's words -> (what is wrong, how to mend it). `{line}` is where the block, text or first of
 #: two began.
@@ -54,6 +56,10 @@ _TOLD = (
         "Quote a pattern that stands in a list: ['predictor.blocks.{*}']",
     ),
 )
+#: Where YAML begins a new line: the parser counts those of Unicode as well.
+_LINE_ENDS = re.compile("[\n\x85\u2028\u2029]")
+#: The key of a value that begins at the end of this text.
+_KEY = re.compile(r"(?<![\w.-])([\w.-]+)[\"']?\s*:\s*\Z")
 
 
 def explained(error: yaml.YAMLError, text: str, path: str) -> ConfigError:
@@ -69,7 +75,7 @@ def explained(error: yaml.YAMLError, text: str, path: str) -> ConfigError:
     mark, begin = error.problem_mark or error.context_mark, error.context_mark or error.problem_mark
     if mark is None or begin is None:
         return syntax_error(path, f"not YAML: {clip(error.problem or '')}")
-    lines = text.split("\n")
+    lines = _LINE_ENDS.split(text)
     problem = f"{error.context or ''}: {error.problem or ''}"
     if "could not find expected ':'" in problem:
         return _at(path, begin, "this line is no key: value", "Write ': ' after the key, with the space")
@@ -82,10 +88,12 @@ def explained(error: yaml.YAMLError, text: str, path: str) -> ConfigError:
     if "cannot start any token" in problem or "tab character" in problem:
         return _cannot_begin(path, mark, lines)
     if "undefined alias" in problem:
-        name = lines[mark.line][mark.column :].split()[:1] if mark.line < len(lines) else []
-        what = (
-            f"the alias {clip(name[0].rstrip(',]}'))} is not defined" if name else "this alias is not defined"
+        written = lines[mark.line] if mark.line < len(lines) else ""
+        name, key = written[mark.column :].split()[:1], _KEY.search(written[: mark.column])
+        shown = (
+            HIDDEN if key is not None and is_secret(key[1]) else clip(name[0].rstrip(",]}")) if name else ""
         )
+        what = f"the alias {shown} is not defined" if shown else "this alias is not defined"
         return _at(path, mark, what, "Define it with &name before this line")
     for words, told, mend in _TOLD:
         if words in problem:

@@ -11,7 +11,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from mm_core.config.document import MAX_DEPTH, MAX_VALUES, Document, syntax_error, too_many_values
 from mm_core.config.findings import ConfigError, clip, show
 from mm_core.config.origin import KeyPath, Origin
-from mm_core.config.secrets import in_secret
+from mm_core.config.secrets import HIDDEN, in_secret
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _TAG = "tag:yaml.org,2002:"
@@ -55,14 +55,14 @@ class _Builder:
         self._open.add(id(node))
         try:
             if isinstance(node, SequenceNode):
-                self._standard_tag(node, "seq")
+                self._standard_tag(node, "seq", path)
                 items = []
                 for index, item in enumerate(node.value):
                     self.keys[(*path, index)] = self.origin(item)
                     items.append(self.build(item, (*path, index)))
                 return items
             assert isinstance(node, MappingNode)
-            self._standard_tag(node, "map")
+            self._standard_tag(node, "map", path)
             return self._mapping(node, path)
         finally:
             self._open.discard(id(node))
@@ -132,14 +132,13 @@ class _Builder:
             raise self.fail(node, f"a key must be a text, not {clip(node.tag)}")
         return str(node.value)
 
-    def _standard_tag(self, node: Node, name: str) -> None:
+    def _standard_tag(self, node: Node, name: str, path: KeyPath) -> None:
         if node.tag != f"{_TAG}{name}":
-            raise self._bad_tag(node)
+            raise self._bad_tag(node, path)
 
-    def _bad_tag(self, node: Node) -> ConfigError:
-        return self.fail(
-            node, f"the tag {clip(node.tag)} is not accepted: only plain data is read", "Remove it"
-        )
+    def _bad_tag(self, node: Node, path: KeyPath) -> ConfigError:
+        tag = HIDDEN if in_secret(path) else clip(node.tag)  # a password may begin with "!"
+        return self.fail(node, f"the tag {tag} is not accepted: only plain data is read", "Remove it")
 
     def _scalar(self, node: ScalarNode, path: KeyPath) -> Any:
         plain = not node.style
@@ -149,7 +148,7 @@ class _Builder:
         if kind in ("str", "timestamp", "value") or (plain and _SEXAGESIMAL.match(node.value)):
             return node.value
         if kind not in ("null", "bool", "int", "float"):
-            raise self._bad_tag(node)
+            raise self._bad_tag(node, path)
         if kind in ("int", "float") and len(node.value) > _MOST_DIGITS:
             raise self.fail(node, f"a number of {len(node.value)} characters has too many digits")
         try:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from mm_core.config.dataset import T2VDatasetConfig
+from mm_core.config.document import expanded
 from mm_core.data.annotations import Annotation, read_annotations, read_data_list
 from mm_core.data.bad_samples import BadSamples
 from mm_core.data.cache import ClipCache
@@ -246,7 +246,7 @@ class T2VDataset(Dataset[dict[str, Any]]):
 
 def _read_annotations(config: T2VDatasetConfig) -> list[Annotation]:
     """Read a data list (combine) or one annotation file with its videos beside it (standard)."""
-    path = Path(config.basic_parameters.data_path)
+    path = expanded(config.basic_parameters.data_path)
     mode = config.basic_parameters.data_storage_mode
     if mode is None:
         mode = "standard" if path.suffix.lower() in (".json", ".jsonl") else "combine"

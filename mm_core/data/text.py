@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm_core.config.document import expanded
 from mm_core.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class PromptTokenizer:
         class_name: str = "AutoTokenizer",
     ) -> None:
         clean_text("", methods)
-        self.folder = Path(folder)
+        self.folder = expanded(str(folder))
         self.max_length = max_length
         self.methods = tuple(methods)
         if not self.folder.is_dir():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError  # a value of config.json has a wrong type
 
 from mm_core.models.skeleton import build_skeleton, collecting
 from mm_core.weights import StateDictAdapter, find_adapter, load_hf_folder
@@ -34,8 +35,8 @@ def load_pretrained(
         what: the configuration's section, for messages.
 
     Raises:
-        UserError: no folder, no config.json, no safetensors, unreadable ones, or weights missing or of other
-            shapes.
+        UserError: no folder, no config.json, no safetensors, unreadable ones, weights missing or of other
+            shapes, or a config.json that names code to be fetched.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -52,6 +53,7 @@ def load_pretrained(
             f"{what}: {str(folder)!r} holds no *.safetensors file; pickled weights (.bin, .pt) are not "
             "read, convert them first"
         )
+    _refuse_foreign_code(path / "config.json", what)
     if collecting():
         return build_skeleton(cls, path, dtype=dtype, what=what)
     loader: Any = cls
@@ -63,8 +65,17 @@ def load_pretrained(
     }
     try:
         model, info = loader.from_pretrained(str(path), **arguments)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{what}: {cls.__name__} cannot be loaded from {str(folder)!r}: {error}") from error
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"{what}: {cls.__name__} cannot be loaded from {str(folder)!r}: {why}") from error
     absent = sorted(info.get("missing_keys") or ())
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
@@ -73,6 +84,48 @@ def load_pretrained(
             "would train from random values"
         )
     return model
+
+
+def _refuse_foreign_code(file: Path, what: str) -> None:
+    """transformers takes an implementation (of attention, say) with a `/` in its name for a repository, and runs what
+    it fetches from there.
+
+    A config.json that is no JSON is the library's to complain about.
+
+    Raises:
+        UserError: the config.json, or a part of it, names such a one, or it is no file that can be parsed safely.
+    """
+    if file.exists() and not file.is_file():  # opening a pipe would wait for a writer that may never come
+        raise UserError(f"{what}: {str(file)!r} is no regular file; put the model's config.json there")
+    try:
+        found = _repository(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return
+    except RecursionError:
+        raise UserError(
+            f"{what}: {str(file)!r} is nested too deeply for a config.json; download it again"
+        ) from None
+    if found is not None:
+        raise UserError(
+            f"{what}: {str(file)!r} asks for {found!r}, code that would be fetched and run; remove the key"
+        )
+
+
+def _repository(node: Any) -> str | None:
+    """The first implementation in the parts of a config.json that is a repository rather than a name."""
+    if isinstance(node, list):
+        return next((found for item in node if (found := _repository(item)) is not None), None)
+    if not isinstance(node, dict):
+        return None
+    for key, value in node.items():
+        if str(key).removesuffix("_internal").endswith("_implementation"):
+            values = value.values() if isinstance(value, dict) else [value]
+            for text in values:
+                if isinstance(text, str) and "/" in text:
+                    return text
+        elif (found := _repository(value)) is not None:
+            return found
+    return None
 
 
 def _dtype_argument(cls: type) -> str:
@@ -127,7 +180,7 @@ def folder_differences(
         return []
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{file} holds no object; it is not the config.json of a model")

@@ -2,9 +2,7 @@
 their constructors.
 """
 
-from __future__ import annotations
-
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -50,7 +48,7 @@ class SamplerConfig(SectionModel):
     ] = None
 
     @model_validator(mode="after")
-    def _check_one_spacing(self) -> SamplerConfig:
+    def _check_one_spacing(self) -> Self:
         chosen = [
             name
             for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")

@@ -1,8 +1,6 @@
 """What a configuration may say about text encoders. Torch-free."""
 
-from __future__ import annotations
-
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -106,7 +104,7 @@ class TextEncoderConfig(SectionModel):
     ] = False
 
     @model_validator(mode="after")
-    def _check_skip_layer(self) -> TextEncoderConfig:
+    def _check_skip_layer(self) -> Self:
         key = getattr(self, "output_key", None)
         if (key == "hidden_states") != (self.hidden_state_skip_layer is not None):
             raise invalid(

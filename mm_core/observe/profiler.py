@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from mm_core.config import ToolsConfig
+from mm_core.config.document import expanded
 from mm_core.observe.callback import BaseCallback, RunContext, StepRecord
 from mm_registry.errors import UserError
 
@@ -22,7 +22,7 @@ class StaticProfile(BaseCallback):
 
     def __init__(self, tools: ToolsConfig) -> None:
         self.profile = tools.profile
-        self._folder = Path(self.profile.static_param.save_path)
+        self._folder = expanded(self.profile.static_param.save_path)
         self._profiler: Any = None
         self._first = 0  # recorded step
         self._last = 0

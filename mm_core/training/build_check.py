@@ -20,12 +20,18 @@ from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.origin import KeyPath, dotted
 from mm_core.config.section import SectionModel
 from mm_core.models.factory import build_component
-from mm_core.models.pretrained import folder_differences, load_pretrained
+from mm_core.models.pretrained import load_pretrained
 from mm_core.models.skeleton import collect_skeletons
 from mm_core.models.sora import EXPERTS
-from mm_core.training.precheck import build_on_meta, check_checkpoint, check_patterns
-from mm_core.weights import find_adapter, is_hf_folder
-from mm_core.weights.fit import FolderFit, check_fit
+from mm_core.training.precheck import (
+    build_on_meta,
+    check_checkpoint,
+    check_patterns,
+    compare_folder,
+    one_line,
+)
+from mm_core.weights import is_hf_folder
+from mm_core.weights.fit import FolderFit
 from mm_core.weights.headers import read_headers
 from mm_core.weights.hf_folder import weight_files
 from mm_registry import default_manager
@@ -150,18 +156,9 @@ def _compare(
 ) -> list[FolderFit]:
     if not folder.is_dir():
         return []
-    try:
-        adapter = find_adapter(component)
-        problems = folder_differences(module, folder / "config.json", adapter, component)
-        if problems:
-            text = f"{folder}/config.json describes another network than {_name(component)}: {'; '.join(problems)}"
-            report.findings.append(_finding(job, path, "weights", text))
-        fit = check_fit(module, folder, adapter, label=_name(component))
-    except UserError as error:
-        report.findings.append(_finding(job, path, "weights", str(error)))
-        return []
-    report.findings += [_finding(job, path, "weights", f"{folder} {problem}") for problem in fit.problems]
-    return [fit]
+    fit, problems = compare_folder(component, module, folder)
+    report.findings += [_finding(job, path, "weights", problem) for problem in problems]
+    return [] if fit is None else [fit]
 
 
 def _encoder(job: Buildable, component: ComponentConfig, report: BuildReport) -> None:
@@ -253,8 +250,7 @@ def _is_within(path: str, prefix: str) -> bool:
 
 def _finding(job: Buildable, path: KeyPath | None, code: str, text: str) -> Finding:
     """An error at a place of the file, or at `load` if there is none."""
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    message = " ".join(lines).removesuffix(".")
+    message = one_line(text)
     if path is None and job.load_origin is not None:
         return replace(job.load_origin, level="error", code=code, message=message)
     place: KeyPath = path or ()

@@ -11,27 +11,31 @@ from torch import nn
 
 from mm_core.config import ConfigError, Finding, TrainingJob
 from mm_core.config.component import ComponentConfig
-from mm_core.config.document import Document
+from mm_core.config.document import Document, expanded
 from mm_core.config.fsdp2 import Fsdp2Config
-from mm_core.config.origin import KeyPath
+from mm_core.config.origin import KeyPath, dotted
 from mm_core.models.factory import build_component, sharding_policy
+from mm_core.models.pretrained import folder_differences
 from mm_core.models.sora import EXPERTS
 from mm_core.sharding import ShardingPlan, ShardingPolicy, build_plans
 from mm_core.sharding.patterns import PlanError
 from mm_core.weights import find_adapter, is_hf_folder, resolve_load
+from mm_core.weights.fit import FolderFit, check_fit
+from mm_registry.errors import UserError
 
 if TYPE_CHECKING:
     from mm_registry.hooks import ActiveHooks
 
 
 def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
-    """Build the trained predictors on meta, and the whole sharding plan; find the checkpoint that `--load` means.
+    """Build the trained predictors on meta, and the whole sharding plan; find the checkpoint that `--load` means, or
+    compare the names and shapes of the weights that the run starts from.
 
     Returns:
         The plan of each FSDP root.
 
     Raises:
-        ConfigError: a pattern of fsdp2.yaml does not fit the model; the finding points at it.
+        ConfigError: a pattern of fsdp2.yaml, or a folder of weights, does not fit the model; the finding points at it.
         UserError: fields that the model refuses, patterns that match nothing, a wrong weights adapter, a `--load`
             without a complete checkpoint.
     """
@@ -41,6 +45,7 @@ def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
     }
     for name in predictors:
         find_adapter(job.components[name])
+    _check_start(job, predictors)
     return check_patterns(job.components, predictors, job.fsdp2, job.documents["fsdp2"])
 
 
@@ -50,8 +55,66 @@ def check_checkpoint(load: str | None) -> None:
     Raises:
         UserError: it has none.
     """
-    if load is not None and not is_hf_folder(Path(load)):
-        resolve_load(Path(load))
+    if load is not None and not is_hf_folder(expanded(load)):
+        resolve_load(expanded(load))
+
+
+def _check_start(job: TrainingJob, predictors: Mapping[str, nn.Module]) -> None:
+    """Compare the folders that predictors start from with what is to be loaded, by config.json and headers.
+
+    Raises:
+        ConfigError: one does not fit.
+    """
+    findings = []
+    load = job.flags.load
+    for name, module in predictors.items():
+        component = job.components[name]
+        if name == EXPERTS[0] and load is not None:  # it counts, whatever the section says
+            if is_hf_folder(expanded(load)):
+                _, problems = compare_folder(component, module, expanded(load))
+                findings += [job.flags.finding("load", "weights", problem) for problem in problems]
+        elif component.from_pretrained and component.init == "pretrained":
+            _, problems = compare_folder(component, module, expanded(component.from_pretrained))
+            findings += [folder_finding(job.documents["model"], component, problem) for problem in problems]
+    if findings:
+        raise ConfigError(findings)
+
+
+def compare_folder(
+    component: ComponentConfig, module: nn.Module, folder: Path
+) -> tuple[FolderFit | None, list[str]]:
+    """Compare a folder of weights with a predictor: its config.json, then names and shapes by the headers.
+
+    Args:
+        module: the predictor, on the meta device.
+
+    Returns:
+        What the headers say, None if they cannot be compared; and what is wrong, a sentence each.
+    """
+    label = f"{dotted(component.path) or component.role} ({component.model_id})"
+    try:
+        adapter = find_adapter(component)
+        differences = folder_differences(module, folder / "config.json", adapter, component)
+        fit = check_fit(module, folder, adapter, label=label)
+    except UserError as error:
+        return None, [one_line(str(error))]
+    problems = [f"{folder} {problem}" for problem in fit.problems]
+    if differences:
+        what = one_line("; ".join(differences))
+        problems.insert(0, f"{folder}/config.json describes another network than {label}: {what}")
+    return fit, problems
+
+
+def folder_finding(document: Document, component: ComponentConfig, message: str) -> Finding:
+    """Return the error about the folder that a section names, at its name."""
+    path: KeyPath = (*component.path, "from_pretrained")
+    return Finding.at(document.origin(path), "error", "weights", message, path=path)
+
+
+def one_line(text: str) -> str:
+    """Return an error's text as the message of a finding."""
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    return " ".join(lines).removesuffix(".")
 
 
 def build_on_meta(component: ComponentConfig, hooks: ActiveHooks | None) -> nn.Module:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mm_core.accelerator import Accelerator
 from mm_core.config import TrainFlags, TrainingJob, load_training_job
 from mm_core.config.args import clear_args, set_args
+from mm_core.config.document import expanded
 from mm_core.data import build_dataset
 from mm_core.observe.console import setup_logging
 from mm_core.training.consensus import agree_on_job, agree_on_plugins, prepared_together
@@ -97,7 +98,7 @@ def _prepare(job: TrainingJob) -> Any:
 def _train_rank(job: TrainingJob, dataset: Any, children: LocalRanks | None) -> int:
     accelerator = Accelerator.current()
     rank = dist.get_rank()
-    run = RunFolder(Path(job.flags.save)) if job.flags.save else None
+    run = RunFolder(expanded(job.flags.save)) if job.flags.save else None
     try:
         agree_on_job(job)
         removed = _open(run, job, rank)
@@ -144,7 +145,7 @@ def _open(run: RunFolder | None, job: TrainingJob, rank: int) -> list[str]:
 
 def _continued(run: RunFolder, job: TrainingJob) -> Path | None:
     """The checkpoint of the run's own folder from which the job goes on; `None` if it starts another run."""
-    load = Path(job.flags.load) if job.flags.load else None
+    load = expanded(job.flags.load) if job.flags.load else None
     if load is None or job.flags.finetune or is_hf_folder(load):
         return None
     return resolve_load(load) if load.resolve().is_relative_to(run.path.resolve()) else None

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ import torch.distributed as dist
 import mm_core
 from mm_core.accelerator import Accelerator
 from mm_core.config import TrainingJob
+from mm_core.config.document import expanded
 from mm_core.data import build_loader
 from mm_core.models.factory import build_sora_model
 from mm_core.models.pretrained import load_predictor_folder
@@ -106,7 +106,7 @@ class Trainer:
         predictor, section, load = self.model.predictor, self.job.components["predictor"], self.flags.load
         folder = section.from_pretrained if section.init == "pretrained" else None
         if load is not None:  # a run, whose checkpoint `_resume` reads, or a Hugging Face folder
-            folder = load if is_hf_folder(Path(load)) else None
+            folder = load if is_hf_folder(expanded(load)) else None
         random_init = folder is None and load is None
         materialize(predictor, self.device, self.flags.seed, random_init=random_init)
         if folder is not None:
@@ -118,9 +118,9 @@ class Trainer:
     def _resume(self) -> None:
         """Continue from `--load`, when it names a run or a checkpoint."""
         flags = self.flags
-        if flags.load is None or is_hf_folder(Path(flags.load)):
+        if flags.load is None or is_hf_folder(expanded(flags.load)):
             return
-        checkpoint = resolve_load(Path(flags.load))
+        checkpoint = resolve_load(expanded(flags.load))
         fresh = flags.finetune
         state = load_checkpoint(
             checkpoint,
@@ -183,7 +183,7 @@ class Trainer:
             self.run.path / "tensorboard" if self.run is not None else None
         )
         if board is not None:
-            callbacks.append(TensorBoard(Path(board)))
+            callbacks.append(TensorBoard(expanded(str(board))))
         if self.job.tools.profile.enable:
             callbacks.append(StaticProfile(self.job.tools))
         for spec in self.job.callbacks:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mm_core.config.findings import clip
 from mm_core.weights.adapter import StateDictAdapter, renamed
 from mm_core.weights.headers import read_headers
 from mm_core.weights.hf_folder import weight_files
@@ -127,4 +128,4 @@ def _count(count: int, whole: int) -> str:
 def _few(names: Sequence[str], total: int | None = None) -> str:
     total = len(names) if total is None else total
     more = f"; and {total - _FIRST} more" if total > _FIRST else ""
-    return "; ".join(names[:_FIRST]) + more
+    return "; ".join(map(clip, names[:_FIRST])) + more  # a hostile header may hold names of any length

@@ -18,6 +18,8 @@ from mm_core.weights.errors import WeightsError
 _LENGTH = 8
 _LARGEST = 100_000_000  # bytes of a header, safetensors' own limit
 _METADATA = "__metadata__"
+#: torch has no more dimensions; the product of very many sizes would take hours.
+_MOST_DIMENSIONS = 64
 #: Bits of an element, by the format's names; others are taken as they come.
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -112,13 +114,21 @@ def _tensor(file: Path, name: str, entry: object) -> StoredTensor:
             _sizes(entry.get("shape")),
             _sizes(entry.get("data_offsets")),
         )
-        if isinstance(dtype, str) and shape is not None and offsets is not None and len(offsets) == 2:
+        if (
+            isinstance(dtype, str)
+            and shape is not None
+            and len(shape) <= _MOST_DIMENSIONS
+            and offsets is not None
+            and len(offsets) == 2
+        ):
             begin, end = offsets
             bits = _BITS.get(dtype)
             wanted = None if bits is None else math.prod(shape) * bits // 8
             if begin <= end and wanted in (None, end - begin):
                 return StoredTensor(dtype, tuple(shape), end - begin)
-    raise WeightsError(f"{file} is no safetensors file: its header describes {name!r} as {_short(entry)}")
+    raise WeightsError(
+        f"{file} is no safetensors file: its header describes {_short(name)} as {_short(entry)}"
+    )
 
 
 def _sizes(value: object) -> list[int] | None:
@@ -135,6 +145,13 @@ def _check_bytes(file: Path, data: Mapping[str, Any], stored: int) -> None:
         )
     if stored > wanted:
         raise WeightsError(f"{file} is no safetensors file: {stored - wanted} bytes follow its last tensor")
+    end = 0
+    places = ((entry["data_offsets"], name) for name, entry in data.items() if name != _METADATA)
+    for (first, last), name in sorted(places):
+        if first != end:
+            what = "begin inside another tensor" if first < end else "do not follow the tensor before"
+            raise WeightsError(f"{file} is no safetensors file: the bytes of {_short(name)} {what}")
+        end = last
 
 
 def _short(entry: object) -> str:

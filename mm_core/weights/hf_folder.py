@@ -86,9 +86,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _indexed_files(folder: Path, index: Path) -> list[Path]:
+    if not index.is_file():  # opening a pipe would wait for a writer that may never come
+        raise WeightsError(f"{index} is no regular file, and so no safetensors index; remove it.")
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise WeightsError(f"{index} is no safetensors index: {error}.") from error
     for name in names:
         # The parts are compared, not the resolved path: the hub's cache links files to a folder beside.

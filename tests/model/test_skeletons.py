@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +109,41 @@ def test_a_config_that_describes_no_network(tmp_path: Path, cls: Any, config: st
         except UserError:
             return
     assert fits[0].problems
+
+
+def changed(folder: Path, **keys: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | keys))
+
+
+@pytest.mark.parametrize("wrong", [{"d_model": "16"}, {"num_layers": None}, {"num_heads": 2.0}])
+def test_wrong_types_in_config_json_are_a_mistake_of_the_user(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    text_encoders.UMT5(config=T5).model.save_pretrained(tmp_path)
+    changed(tmp_path, **wrong)
+    with pytest.raises(UserError, match=f"cannot be loaded from .*'{next(iter(wrong))}' expected int"):
+        text_encoders.UMT5.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("skeleton", [False, True])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"attn_implementation": "somebody/kernel"},
+        {"_attn_implementation": "somebody/kernel:layer"},
+        {"_attn_implementation_internal": {"": "eager", "text": "somebody/kernel"}},
+        {"experts_implementation": "somebody/kernel"},
+        {"sub": [{"attn_implementation": "somebody/kernel"}]},
+    ],
+)
+def test_no_code_is_fetched_that_a_config_json_names(
+    tmp_path: Path, keys: dict[str, Any], skeleton: bool
+) -> None:
+    text_encoders.UMT5(config=T5).model.save_pretrained(tmp_path)
+    changed(tmp_path, attn_implementation="eager")
+    text_encoders.UMT5.from_pretrained(tmp_path)  # a name is none
+    changed(tmp_path, **keys)
+    with (
+        collect_skeletons() if skeleton else nullcontext(),
+        pytest.raises(UserError, match=r"asks for 'somebody/kernel.*would be fetched and run"),
+    ):
+        text_encoders.UMT5.from_pretrained(tmp_path)

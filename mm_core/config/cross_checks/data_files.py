@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mm_core.config.document import Document, closest_path
+from mm_core.config.document import Document, closest_path, expanded
 from mm_core.config.findings import Finding, Level, show
 from mm_core.config.origin import KeyPath
 
@@ -40,7 +40,7 @@ def check_data_files(document: Document, level: Level = "error") -> Iterator[Fin
         return
     reader = _Reader(level)
     try:
-        if not Path(value).is_file():
+        if not expanded(value).is_file():
             return
     except OSError:
         return  # check_path says so
@@ -163,7 +163,7 @@ class _Reader:
     def text(self, file: str, named_at: str, limit: int | None) -> Generator[Finding, None, str | None]:
         """Return a file's text, None if it is too large or cannot be read (which is yielded)."""
         try:
-            path = Path(file)
+            path = expanded(file)
             if path.stat().st_size > (_BUDGET if limit is None else limit):
                 return None
             return path.read_text(encoding="utf-8-sig")

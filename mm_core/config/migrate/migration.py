@@ -54,9 +54,10 @@ class Migration:
         target = expanded(self.output)
         temporary = target.with_name(f".tmp-{target.name}-{os.getpid()}")
         try:
-            with temporary.open("x", encoding="utf-8") as stream:
-                stream.write(self.text)
+            stream = temporary.open("x", encoding="utf-8")
             try:
+                with stream:
+                    stream.write(self.text)
                 os.link(temporary, target)  # unlike a rename, it fails if there is a file of that name
             finally:
                 temporary.unlink()

@@ -8,6 +8,8 @@ from collections.abc import Callable
 _TOKEN = re.compile(r"\s*(?:(?P<number>0[xX][0-9a-fA-F]+|\d+)|(?P<name>[A-Za-z_]\w*)|(?P<mark>[-+*/%()]))")
 _MAX_LENGTH = 2_000
 _MAX_DEPTH = 50
+#: Variables that are looked up for one value: `A=B+B`, `B=C+C`, … would double them at each step.
+_MAX_NAMES = 1_000
 _LIMIT = 2**63
 
 
@@ -21,7 +23,16 @@ def evaluate(text: str, value_of: Callable[[str], str]) -> int:
     Raises:
         ArithmeticShellError: an operator or a number that is not read, a division by zero, a value beyond 64 bits.
     """
-    return _Expression(text, value_of, 0).value()
+    names = 0
+
+    def counted(name: str) -> str:
+        nonlocal names
+        names += 1
+        if names > _MAX_NAMES:
+            raise ArithmeticShellError(f"its variables refer to each other more than {_MAX_NAMES} times")
+        return value_of(name)
+
+    return _Expression(text, counted, 0).value()
 
 
 class _Expression:

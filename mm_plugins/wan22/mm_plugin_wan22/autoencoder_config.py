@@ -1,8 +1,6 @@
 """What a configuration may say about Wan's autoencoder and what makes its image conditions. Torch-free."""
 
-from __future__ import annotations
-
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -38,7 +36,7 @@ class WanVideoVAETiling(SectionModel):
     ] = None
 
     @model_validator(mode="after")
-    def _check(self) -> WanVideoVAETiling:
+    def _check(self) -> Self:
         for side in ("height", "width"):
             size, stride = (getattr(self, f"tile_sample_{what}_{side}") for what in ("min", "stride"))
             if stride > size:
@@ -64,7 +62,8 @@ class WanVideoVAEConfig(SectionModel):
     norm_mode: Annotated[
         Literal["channel_specified_shift_scale", "value_shift_scale"],
         Field(
-            description="By the mean and deviation of each channel, or by one shift_factor and one scaling_factor."
+            description="By the mean and deviation of each channel, or by one shift_factor and one scaling_factor. "
+            "MindSpeed-MM's default is the second, with which its Wan autoencoder stops."
         ),
     ] = "channel_specified_shift_scale"
     shift_factor: Annotated[
@@ -129,7 +128,7 @@ class WanVideoVAEConfig(SectionModel):
     ] = None
 
     @model_validator(mode="after")
-    def _check(self) -> WanVideoVAEConfig:
+    def _check(self) -> Self:
         if (
             self.dim_mult is not None
             and self.temperal_downsample is not None

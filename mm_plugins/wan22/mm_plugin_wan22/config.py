@@ -5,14 +5,12 @@ Field names are MindSpeed-MM's, so that its model files load as they are; `WanDi
 and `WanVideoVAE` map them to diffusers' names.
 """
 
-from __future__ import annotations
-
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from mm_core.config.experts import TrainedSigmas, shifted_sigma
-from mm_core.config.keys import NoEffect, NotYet, Only
+from mm_core.config.keys import Legacy, NoEffect, NotYet, Only
 from mm_core.config.section import SectionModel, invalid
 from mm_plugin_wan22.autoencoder_config import (
     Channels,
@@ -172,7 +170,7 @@ class WanDiTConfig(SectionModel):
     ] = None
 
     @model_validator(mode="after")
-    def _check(self) -> WanDiTConfig:
+    def _check(self) -> Self:
         if self.hidden_size % self.num_heads:
             raise invalid(
                 "hidden_size",
@@ -215,6 +213,11 @@ class WanFlowMatchSchedulerConfig(SectionModel):
     """
 
     num_train_timesteps: Annotated[Steps, Field(description="Points of the grid.")] = 1000
+    num_train_steps: Annotated[
+        Steps | None,
+        Legacy("num_train_timesteps"),
+        Field(description="What MindSpeed-MM's inference examples write; its scheduler ignores it."),
+    ] = None
     num_inference_timesteps: Annotated[Steps | None, Field(description="Sampling steps.")] = None
     shift: Annotated[
         float, Field(gt=0.0, description="Sigmas become shift·s / (1 + (shift − 1)·s): above 1, more noise.")
@@ -261,7 +264,7 @@ class WanFlowMatchSchedulerConfig(SectionModel):
     ] = False
 
     @model_validator(mode="after")
-    def _check(self) -> WanFlowMatchSchedulerConfig:
+    def _check(self) -> Self:
         if self.sigma_min >= self.sigma_max:
             raise invalid("sigma_min", f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
         if self.min_timestep_boundary >= self.max_timestep_boundary:

@@ -118,14 +118,17 @@ def test_every_command_is_there_and_helps(capsys: pytest.CaptureFixture[str]) ->
         assert capsys.readouterr().out.startswith(f"usage: mm {name}")
 
 
-HEAVY = ("torch", "transformers", "diffusers", "matplotlib", "av")
+HEAVY = ("torch", "numpy", "transformers", "diffusers", "matplotlib", "av")
+TINY = "examples/tiny/wan22-t2v"
+FILES = ["--mm-model", f"{TINY}/model.json", "--mm-data", f"{TINY}/data.json"]
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--version"], ["trian"], ["list"], ["check", "examples/tiny/wan22-t2v/inference_model.json"], ["train", "--help"],
+        ["--version"], ["trian"], ["list"], ["check", f"{TINY}/inference_model.json"], ["train", "--help"],
         ["train", "--lr", "fast"], ["generate", "--help"], ["generate", "--sed", "1"], ["generate", "--mm-model", "nowhere.json"],
+        ["check", f"{TINY}/job.yaml"], ["check", *FILES], ["explain", f"{TINY}/job.yaml"], ["migrate", *FILES], ["schema", "job"],
     ],
     ids=" ".join,
 )  # fmt: skip

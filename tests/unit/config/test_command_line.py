@@ -83,7 +83,7 @@ def test_each_flag_of_a_mindspeed_mm_script_is_read(words: str) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["--stage ray_grpo", "--ref-model m", "--hetero-parallel", "--auto-parallel-mm", "--profile-stage 1", "--trust-remote-code",
+    ["--stage ray_grpo", "--hetero-parallel", "--auto-parallel-mm", "--profile-stage 1", "--trust-remote-code",
      "--profile-subgraph-seg"],
 )  # fmt: skip
 def test_what_is_refused_is_known(words: str) -> None:

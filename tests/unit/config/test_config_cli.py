@@ -85,6 +85,24 @@ def test_check_as_json(files: Any) -> None:
     ]
 
 
+def test_check_leaves_out_what_is_not_asked_for(files: Any) -> None:
+    files.tools["profile"]["enabel"] = True
+    files.write()
+    whole = mm("check", "model.json", "tools.json", cwd=files.folder).stdout.splitlines()
+    assert any(" note: " in line for line in whole)
+    for level, left in (
+        ("note", ("note", "warning", "error")),
+        ("warning", ("warning", "error")),
+        ("error", ("error",)),
+    ):
+        result = mm("check", "model.json", "tools.json", "--level", level, cwd=files.folder)
+        shown = [line for line in whole[:-1] if any(f" {kind}: " in line for kind in left)]
+        assert (result.returncode, result.stdout.splitlines()) == (2, [*shown, whole[-1]])
+    result = mm("check", "tools.json", "--level", "warn", cwd=files.folder)
+    said = 'error: --level: "warn" is no level. Write note or warning or error'
+    assert (result.returncode, result.stderr.splitlines()[0]) == (2, said)
+
+
 def test_check_tells_single_files_by_their_keys(files: Any) -> None:
     (files.folder / "odd.yaml").write_text("colour: red\n")
     for name in ("model.json", "data.json", "tools.json", "inference.json", "fsdp2.yaml"):
@@ -141,3 +159,27 @@ def test_list_imports_neither_torch_nor_a_plugin(tmp_path: Path) -> None:
     (wandit,) = [entry for entry in as_json if entry["id"] == "wandit"]
     assert (wandit["distribution"], wandit["status"]) == ("mmzoo-plugin-wan22", "available")
     assert {entry["group"] for entry in as_json} == {"mm_core.predictor_models"}
+
+
+def test_a_check_of_nothing_does_not_pass(tmp_path: Path) -> None:
+    result = mm("check", "--build", cwd=tmp_path)
+    assert (result.returncode, result.stderr.splitlines()[0]) == (
+        2,
+        "error: mm check: no file is named, so there is nothing to check. Name the files, or see mm check --help",
+    )
+    result = mm("check", "--format", "json", cwd=tmp_path)
+    assert (result.returncode, json.loads(result.stdout)["findings"][0]["code"]) == (2, "missing-argument")
+
+
+def test_json_of_words_that_are_no_text_and_of_what_a_terminal_obeys(tmp_path: Path) -> None:
+    for command in ("check", "explain"):
+        result = mm(command, "--format", "json", "\udcff\x9b\u202e.json", cwd=tmp_path)
+        assert result.returncode == 2
+        assert json.loads(result.stdout)["findings"][0]["file"] == "\udcff\x9b\u202e.json"
+        assert result.stdout.isascii()
+
+
+def test_explain_of_an_unknown_field_as_json(tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text('{"profile": {"enable": false}}')
+    result = mm("explain", "nonsense", "tools.json", "--format", "json", cwd=tmp_path)
+    assert (result.returncode, len(json.loads(result.stdout)["findings"])) == (2, 1)

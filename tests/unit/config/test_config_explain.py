@@ -130,6 +130,22 @@ def test_the_table_and_json(files: Any, capsys: pytest.CaptureFixture[str]) -> N
     assert f"{place['file']}:{place['line']}:{place['column']}" == place["text"]
 
 
+def test_a_transformers_model_has_its_familys_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = ROOT / "tests" / "corpus"
+    model = corpus / "qwen3vl" / "model_8B.json"
+    explained = explain_files([str(model), str(corpus / "qwen3vl" / "data_8B.json")])
+    frozen = one("model.image_encoder.vision_encoder.freeze", explained)
+    assert (frozen.value, str(frozen.origin)) == (True, f"{model}:10:23")
+    loss = one("model.loss_cfg.loss_type", explained)
+    assert (loss.value, str(loss.origin)) == ("default", "default")
+    assert one("data.dataset_param.basic_parameters.template", explained).value == "qwen3_vl_nothink"
+    combined = corpus / "qwen3vl_yaml" / "qwen3vl_full_sft_8B.yaml"
+    folder = one("model.init_from_hf_path", explain_files([str(combined)]))
+    assert str(folder.origin) == f"{combined}:1:21"  # where the anchor is
+    code, out, _ = run("freeze", str(model), str(corpus / "wan2.2/5B/t2v/pretrain_model.json"), capsys=capsys)
+    assert (code, "cannot be explained together" in out) == (2, True)
+
+
 def test_mistakes(files: Any, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run("num_layer", *JOB, capsys=capsys)
     assert (code, out) == (2, "")

@@ -148,9 +148,9 @@ def test_the_small_change_of_lora_is_one_finding() -> None:
 
 
 def test_all_mistakes_come_at_once() -> None:
-    found = fails("--lr x --train-iter 3 --micro-batch-size 0 --ref-model m")
+    found = fails("--lr x --train-iter 3 --micro-batch-size 0 --stage ray_grpo")
     named = {line.split()[0] for line in found}
-    assert named == {"--train-iter", "--ref-model", "--micro-batch-size", "--lr"}
+    assert named == {"--train-iter", "--stage", "--micro-batch-size", "--lr"}
 
 
 def test_a_flag_given_twice_is_said() -> None:
@@ -204,3 +204,9 @@ def test_the_help_page_has_every_flag() -> None:
     page = train_help()
     assert [name for name in TrainFlags.model_fields if flag_name(name) not in page] == []
     assert max(map(len, page.split("\n"))) <= 110
+
+
+@pytest.mark.parametrize("ranks", ["²", "9" * 5000, "-2", ""])
+def test_a_world_size_that_is_no_number_leaves_it_to_the_flags(ranks: str) -> None:
+    flags = parse_train_flags(["--nproc-per-node", "3"])
+    assert world_size(flags, {"RANK": "0", "WORLD_SIZE": ranks}) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,45 @@ def test_flags_of_the_command_line_win(files: Any) -> None:
     assert (flags.lr, flags.seed, flags.train_iters) == (2e-4, 3, 10)
     assert str(flags.origin("lr")) == "--lr"
     assert flags.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("weight_decay", '"weight_decay" is false, expected a number'),
+        ("seed", '"seed" is false, expected a whole number'),
+        ("lr_decay_style", '"lr_decay_style" is false, expected'),
+    ],
+)
+def test_false_is_no_number_and_means_no_default(files: Any, name: str, told: str) -> None:
+    """A run with the default would be another one than the 0 that somebody may have meant."""
+    path = job(files, gpt_args={**FLAGS, name: False})
+    (error,) = errors(path, "--nproc-per-node", "1")
+    assert error.startswith(f"{place(files, f'{name}: ^false')} error: {told}")
+    (error,) = errors(job(files), f"gpt_args.{name}=false")
+    assert f"command line: gpt_args.{name}=false error: " in error
+    assert "false, expected" in error
+
+
+def test_false_leaves_out_what_has_no_default(files: Any) -> None:
+    flags = parse_train_flags([job(files, gpt_args={**FLAGS, "save": False, "bf16": False})])
+    assert (flags.save, flags.bf16) == (None, False)
+    assert not {"save", "bf16"} & flags.model_fields_set
+
+
+def test_bf16_is_where_a_null_of_the_sharding_section_comes_from(files: Any) -> None:
+    path = job(files, gpt_args={**FLAGS, "bf16": True}, fsdp2={"param_dtype": None, "reduce_dtype": None})
+    resolved = load_training_job(parse_train_flags([path])).resolved()
+    for name, value in (("param_dtype", "bf16"), ("reduce_dtype", "fp32")):
+        assert resolved["values"]["fsdp2"][name] == value
+        assert resolved["origins"][f"fsdp2.{name}"] == place(files, "bf16: ^true")
+
+
+def test_a_flag_that_holds_an_object_is_no_group(files: Any) -> None:
+    job(files, gpt_args={"seed": {}, "training": {"lr": {"value": 1e-4}, "train_iters": 2}})
+    said = errors("job.yaml")
+    assert ['"gpt_args.seed" is {}, expected the value of a flag' in said[0], len(said)] == [True, 2]
+    assert '"gpt_args.training.lr" is {"value": 0.0001}, expected the value of a flag' in said[1]
 
 
 def test_how_values_of_gpt_args_are_read(files: Any) -> None:
@@ -345,3 +385,12 @@ def test_the_corpus_file_has_its_sections() -> None:
     assert read.flags["mm_tool"].value == "./mindspeed_mm/tools/tools.json"
     assert read.flags["no_load_optim"].value is True
     assert read.findings == []
+
+
+@pytest.mark.parametrize("line", ["K{}: {}\n", "  k{}: {}\n"])
+def test_many_keys_take_no_time_each_for_all_others(write: Callable[[str, str], str], line: str) -> None:
+    keys = "".join(line.format(index, index) for index in range(3000))
+    path = write("job.yaml", ("" if line[0] == "K" else "model:\n") + keys + "tools: {}\n")
+    begin = time.process_time()
+    assert len(check_file(path)) >= 3000
+    assert time.process_time() - begin < 20

@@ -169,6 +169,12 @@ def test_secrets_are_not_echoed(files: Any) -> None:
         found = errors(word)
         assert found
         assert not [text for text in found if "hunter2" in text]
+    for word in (
+        "model.ae={api_token: hunter2}",
+        'model.ae={"password": "hunter2"',
+        "model.ae=[{hf_token: hunter2}]",
+    ):
+        assert not [text for text in errors(word) if "hunter2" in text], word
     assert errors("model.ae.hub_token=hunter2")[0].startswith("command line: model.ae.hub_token=*** error: ")
 
 
@@ -185,3 +191,8 @@ def test_a_document_is_not_changed() -> None:
     assert str(changed.key_origin(("a", "c"))) == "command line: model.a.c.d=2"
     same, _ = apply_overrides(document, [parse_override("model.a.b=2")], "data")
     assert same is document
+
+
+def test_bytes_that_are_no_text() -> None:
+    with pytest.raises(ConfigError, match="the value is not UTF-8 text"):
+        parse_override("model.x=\udcff")

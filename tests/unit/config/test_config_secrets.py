@@ -15,6 +15,7 @@ from mm_core.config.findings import Finding, show
 from mm_core.config.json_reader import parse_json
 from mm_core.config.overwrite import Overwrite
 from mm_core.config.secrets import hide, is_secret, without_secrets
+from mm_core.config.yaml_reader import parse_yaml
 
 SECRET = "hunter2-%s"
 
@@ -42,6 +43,8 @@ def test_keys_of_no_secrets(key: str) -> None:
 @pytest.mark.parametrize(
     ("text", "hidden"),
     [("https://me:hunter2@host/x", "https://***@host/x"),
+     ("https://me:hunter@2@host/x", "https://***@host/x"),
+     ("https://host?mail=me@host", "https://host?mail=me@host"),
      ('is "s3://key:secret@bucket", expected', 'is "s3://***@bucket", expected'),
      ("https://host/x?a=1&access_token=hunter2&b=2#c", "https://host/x?a=1&access_token=***&b=2#c"),
      ("https://host/x?revision=main", "https://host/x?revision=main"),
@@ -158,3 +161,15 @@ def test_a_plugins_validator_that_quotes_the_value(write: Callable[[str, str], s
     assert told[0] == 'm.json:1:13 error: "api_key" is "***": the key \'***\' is malformed'
     assert len(told) == 2
     assert "hunter2" not in "".join(told)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["password: *hunter2", '{"password": *hunter2}', "a: {api_token: !hunter2 x}", "api_token: !hunter2 {}",
+     "api_token: !hunter2 [x]"],
+)  # fmt: skip
+def test_passwords_that_begin_with_a_sign_of_yaml(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml(text, "m.yaml")
+    assert "hunter2" not in str(caught.value)
+    assert "***" in str(caught.value)

@@ -111,3 +111,10 @@ def test_aliases_cannot_multiply_without_limit() -> None:
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
     with pytest.raises(ConfigError, match="too many or too deeply nested"):
         parse_yaml("\n".join(lines), "f.yaml")
+
+
+@pytest.mark.parametrize("end", ["\x85", "\u2028", "\u2029"])
+@pytest.mark.parametrize("text", ["a: [1, 2\nb: }\n", "a: {b: 1\nc: 2\n", "\tq: x\n", "a: *b\n"])
+def test_line_ends_of_unicode(end: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^f\.yaml:[4-7]:"):
+        parse_yaml(end * 4 + text, "f.yaml")

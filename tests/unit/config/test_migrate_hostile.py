@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 from pathlib import Path
 
 import pytest
 
 from mm_core.config import ConfigError
+from mm_core.config.migrate import migrate
 from mm_core.config.migrate.flag_words import read_flags
 from mm_core.config.migrate.shell_script import MAX_BYTES, read_script
 from mm_core.config.migrate.shell_values import text_of, unknown_of
@@ -171,3 +173,23 @@ def test_no_mutation_of_a_script_crashes(seed: int) -> None:
             assert 0 < finding.line <= text.count("\n") + 1
     assert read > 5
     assert not any("\n" in sentence for sentence in sentences)
+
+
+def test_variables_that_double_at_each_step_are_not_computed() -> None:
+    lines = [f"A{step}=A{step + 1}+A{step + 1}\n" for step in range(40)]
+    Path("run.sh").write_text("".join(lines) + "A40=1\n" + LAUNCH + "--seed $((A0))\n")
+    reason = str(unknown_of(read_script("run.sh").launch.words[-1]))
+    assert "its variables refer to each other more than 1000 times" in reason
+
+
+def test_nothing_stays_behind_if_writing_fails(folder: Path) -> None:
+    Path("run.sh").write_text(LAUNCH + "--train-iters 3\n")
+    made = migrate(["run.sh"])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match="it cannot be written: File too large"):
+            made.write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(folder) == ["run.sh"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 from torch import nn
 
 from mm_core.config import ConfigError, TrainingJob, load_training_job, parse_train_flags
@@ -78,3 +79,58 @@ def test_the_plan_is_that_of_the_tree_after_post_build(job: Any) -> None:
     made.hooks.sources["grow"] = made.components["predictor"].spec
     (plan,) = precheck.check_build(made).values()
     assert {"adapter.weight", "adapter.bias"} <= {p.name for p in plan.root.parameters}
+
+
+@pytest.fixture
+def weights(job: Any, tmp_path: Path) -> Path:
+    """A folder with the weights of the tiny job's predictor, one of them of another shape."""
+    predictor = precheck.build_on_meta(job().components["predictor"], None).to_empty(device="cpu")
+    state = {name: tensor.contiguous() for name, tensor in predictor.state_dict().items()}
+    state["proj_out.bias"] = state["proj_out.bias"][:3].clone()
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    save_file(state, folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+def started_from(weights: Path, *words: str) -> TrainingJob:
+    files = ["--mm-model", str(TINY / "model.json"), "--mm-data", str(TINY / "data.json")]
+    return load_training_job(parse_train_flags([*files, "--train-iters", "1", "--lr", "1", *words]))
+
+
+@pytest.mark.parametrize("way", ["section", "load", "load wins"])
+def test_weights_that_do_not_fit_are_found_before_a_rank_starts(job: Any, weights: Path, way: str) -> None:
+    section = [f"model.predictor.from_pretrained={weights}", "model.predictor.init=pretrained"]
+    words = {
+        "section": section,
+        "load": ["--load", str(weights)],
+        "load wins": ["model.predictor.from_pretrained=/tmp", "--load", str(weights)],
+    }[way]
+    with pytest.raises(ConfigError) as caught:
+        precheck.check_build(started_from(weights, *words))
+    (finding,) = caught.value.findings
+    assert finding.code == "weights"
+    assert finding.message.startswith(
+        f"{weights} has 1 tensor of another shape than predictor (wandit): proj_out.bias is [3], and ["
+    )
+    assert ("--load" in finding.path) is (way != "section")
+
+
+def test_weights_of_the_section_are_not_looked_at_when_load_says_others(
+    job: Any, weights: Path, tmp_path: Path
+) -> None:
+    predictor = precheck.build_on_meta(job().components["predictor"], None).to_empty(device="cpu")
+    right = tmp_path / "right"
+    right.mkdir()
+    state = {name: tensor.contiguous() for name, tensor in predictor.state_dict().items()}
+    save_file(state, right / "model.safetensors")
+    words = [f"model.predictor.from_pretrained={weights}", "model.predictor.init=pretrained"]
+    assert precheck.check_build(started_from(weights, *words, "--load", str(right)))
+
+
+def test_a_tilde_is_the_home_folder(
+    job: Any, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"proj_out\.bias"):
+        precheck.check_build(started_from(weights, "--load=~/weights"))

@@ -63,6 +63,10 @@ WRONG: list[tuple[Any, bytes, str]] = [
     ({"a": entry([2], 0, 4)}, b"1234", "describes 'a' as"),
     ({"a": entry([1], 4, 0)}, b"1234", "describes 'a' as"),
     ({"a": entry([10**30], 0, 4)}, b"1234", "describes 'a' as"),
+    ({"a": entry([2**60] * 1000, 0, 4)}, b"1234", "describes 'a' as"),
+    ({"a" * 1000: 3}, b"", "aaa… as 3"),
+    ({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, b"1234", "the bytes of 'b' begin inside another tensor"),
+    ({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, b"1" * 12, "of 'b' do not follow the tensor before"),
     ({"a": entry([1], 0, 4)}, b"123", "1 of its 4 bytes of tensors are missing"),
     ({"a": entry([1], 0, 4)}, b"12345", "1 bytes follow its last tensor"),
 ]

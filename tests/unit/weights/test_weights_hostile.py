@@ -107,3 +107,14 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [".tmp-out"]
     save_hf_folder(nn.Linear(2, 2), tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_an_index_that_cannot_be_parsed_or_is_a_pipe(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("[" * 100_000)
+    with pytest.raises(WeightsError, match="is no safetensors index"):
+        load_hf_folder(nn.Linear(2, 2), tmp_path)
+    index.unlink()
+    os.mkfifo(index)
+    with pytest.raises(WeightsError, match="is no regular file"):
+        load_hf_folder(nn.Linear(2, 2), tmp_path)
