@@ -16,6 +16,7 @@ from mm_core.cli.diagnosis import LEVELS, Problem, diagnose, problem, requiremen
 from mm_core.cli.options import no_words, output_format
 from mm_core.cli.tables import json_text, printable, table
 from mm_core.config.environment import check_environment, is_read, set_variables, variables
+from mm_core.megatron.installed import describe
 from mm_registry import PluginManager, default_manager
 from mm_registry.errors import SelectionError
 from mm_registry.selection import VARIABLE, SelectionLayer, environment_file, find_project_file
@@ -49,6 +50,7 @@ def run(argv: list[str]) -> int:
         "ok": not failed,
         "python": {"version": platform.python_version(), "executable": sys.executable, "prefix": sys.prefix},
         "versions": list(_versions(manager)),
+        "optional": [dict(zip(("name", "version", "meaning"), row, strict=True)) for row in describe()],
         "plugins": list(_plugins(manager)),
         "selection": selection,
         "environment": environment,
@@ -143,7 +145,7 @@ def _text(page: dict[str, Any]) -> str:
         f"{each['distribution']} {each['version'] or 'missing'}" for each in page["versions"]
     )
     parts = [
-        f"Python {python['version']} ({python['executable']})\n{versions}\n",
+        f"Python {python['version']} ({python['executable']})\n{versions}\n{_optional(page['optional'])}\n",
         table(
             ("distribution", "version", "entries", "origin"),
             [
@@ -157,6 +159,13 @@ def _text(page: dict[str, Any]) -> str:
         _problems_text(page["problems"]),
     ]
     return "\n".join(parts)
+
+
+def _optional(rows: Sequence[dict[str, Any]]) -> str:
+    here = [f"{row['name']} {row['version']}" for row in rows if row["version"]]
+    absent = [row["name"] for row in rows if not row["version"]]
+    parts = [", ".join(here), f"not installed: {', '.join(absent)}" if absent else ""]
+    return f"optional: {'; '.join(filter(None, parts))}"
 
 
 def _environment_text(rows: Sequence[dict[str, Any]]) -> str:

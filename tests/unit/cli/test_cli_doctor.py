@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,3 +70,17 @@ def test_an_escape_code_in_a_value_is_not_obeyed(doctor: Any) -> None:
 def test_nothing_set_is_said(doctor: Any) -> None:
     _, text = doctor("table")
     assert "environment variables: none is set that matters here" in text
+
+
+def test_optional_packages_are_told(doctor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, page = doctor()
+    rows = {row["name"]: row for row in page["optional"]}
+    assert list(rows) == ["megatron-core", "megatron.training", "mindspeed"]
+    assert all(row["meaning"] for row in rows.values())
+    assert rows["mindspeed"]["version"] is None
+    (tmp_path / "mindspeed").mkdir()
+    (tmp_path / "mindspeed" / "__init__.py").write_text("raise SystemExit('the doctor imports nothing')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    _, text = doctor("table")
+    line = next(line for line in text.splitlines() if line.startswith("optional: "))
+    assert line.partition("; ")[0] == "optional: mindspeed source checkout"
