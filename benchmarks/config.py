@@ -176,7 +176,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the numbers here, as JSON")
     options = parser.parse_args()
     output = options.output.resolve() if options.output else None
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # the run that does not count compiles what is not compiled yet
+    # The run that does not count compiles what is not compiled yet.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.chdir(CORPUS)
     sys.stdout.write(
         f"Python {platform.python_version()}, {platform.machine()}, {options.repeats} runs each\n"

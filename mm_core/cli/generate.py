@@ -101,7 +101,7 @@ def run(argv: list[str]) -> int:
         return 0
     options, findings = _parse(argv)
     if not _is_alone():
-        return UserError.exit_code  # rank 0 says it
+        return 0  # rank 0 says it; the launcher would kill it before, if another rank failed first
     for flag in ("num_inference_steps", "batch_size"):
         value = getattr(options, flag)
         if value is not None and value < 1:
