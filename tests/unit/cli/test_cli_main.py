@@ -128,7 +128,8 @@ FILES = ["--mm-model", f"{TINY}/model.json", "--mm-data", f"{TINY}/data.json"]
     [
         ["--version"], ["trian"], ["list"], ["check", f"{TINY}/inference_model.json"], ["train", "--help"],
         ["train", "--lr", "fast"], ["generate", "--help"], ["generate", "--sed", "1"], ["generate", "--mm-model", "nowhere.json"],
-        ["check", f"{TINY}/job.yaml"], ["check", *FILES], ["explain", f"{TINY}/job.yaml"], ["migrate", "--dry-run", *FILES], ["schema", "job"],
+        ["check", f"{TINY}/job.yaml"], ["check", *FILES], ["explain", f"{TINY}/job.yaml"],
+        ["migrate", "--dry-run", *FILES], ["schema", "job"],
     ],
     ids=" ".join,
 )  # fmt: skip
