@@ -102,6 +102,21 @@ class Fsdp2Config(SectionModel):
         tuple[Pattern, ...] | None,
         Field(description="Modules whose activations are computed again in backward."),
     ] = None
+    recompute_granularity: Annotated[
+        Literal["full", "selective"] | None,
+        Field(
+            description="How modules are recomputed: `full` keeps only their inputs; `selective` also keeps the results of "
+            "matrix products and attention, and recomputes the rest. Without recompute_modules: the policy's modules, else all units."
+        ),
+    ] = None
+    recompute_num_layers: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Field(description="Recompute only the first of the modules; null is all."),
+    ] = None
+    offload_activations: Annotated[
+        tuple[Pattern, ...] | None,
+        Field(description="Modules whose saved activations wait for backward in host memory."),
+    ] = None
     use_reentrant: Annotated[
         bool,
         Field(

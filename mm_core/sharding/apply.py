@@ -13,11 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
-    CheckpointImpl,
-    CheckpointWrapper,
-    checkpoint_wrapper,
-)
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -30,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from mm_core.accelerator import Accelerator
+from mm_core.sharding.activations import wrap_activations
 from mm_core.sharding.plan import (
     ParameterInfo,
     ShardingError,
@@ -39,6 +36,7 @@ from mm_core.sharding.plan import (
     describe_parameter,
     is_inside,
 )
+from mm_core.sharding.prefetch import set_prefetch
 
 
 def apply_plan(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> None:
@@ -57,8 +55,7 @@ def apply_plan(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> None:
     # Linear.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     modules = dict(root.named_modules())  # names are resolved once, before any module is wrapped
-    for path in plan.recompute:
-        modules[path] = _recompute(modules, path, plan.use_reentrant)
+    wrap_activations(modules, plan)
     if not needs_sharding(root, plan, mesh):
         _cast_inputs(root, plan)
         return
@@ -69,7 +66,7 @@ def apply_plan(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> None:
         fully_shard(modules[path], **own)
     _shard_root(root, plan, settings)
     root._mm_offload_to_cpu = plan.offload_to_cpu  # where materialize() puts the parameters
-    _set_prefetch(root, [modules[unit.path] for unit in plan.units], plan)
+    set_prefetch(root, [modules[unit.path] for unit in plan.units], plan)
 
 
 def needs_sharding(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> bool:
@@ -146,16 +143,6 @@ def observe_plan(root: nn.Module, plan: ShardingPlan) -> ShardingPlan:
     )
 
 
-def _recompute(modules: dict[str, nn.Module], path: str, use_reentrant: bool) -> nn.Module:
-    impl = CheckpointImpl.REENTRANT if use_reentrant else CheckpointImpl.NO_REENTRANT
-    wrapped = checkpoint_wrapper(modules[path], checkpoint_impl=impl)
-    parent, _, name = path.rpartition(".")
-    setattr(
-        modules[parent], name, wrapped
-    )  # ModuleList and ModuleDict keep their members under such names too
-    return wrapped
-
-
 def _shard_root(root: nn.Module, plan: ShardingPlan, settings: dict[str, Any]) -> None:
     _cast_inputs(root, plan)
     mp_policy = MixedPrecisionPolicy(
@@ -195,23 +182,3 @@ def _input_cast(
         return positional, {name: value if name in kept else cast(value) for name, value in kwargs.items()}
 
     return hook
-
-
-def _set_prefetch(root: nn.Module, units: list[nn.Module], plan: ShardingPlan) -> None:
-    """Ask for the next units in the order of execution.
-
-    Without a number FSDP2's own choice stays: one ahead in backward.
-    """
-    order = [root, *units]
-    for i, module in enumerate(order):
-        assert isinstance(module, FSDPModule)
-        if plan.forward_prefetch:
-            module.set_modules_to_forward_prefetch(_fsdp(order[i + 1 : i + 1 + plan.forward_prefetch]))
-        if plan.backward_prefetch and i > 0:
-            # The root was gathered first and stays so; only units are fetched on the way back.
-            earlier = order[max(1, i - plan.backward_prefetch) : i]
-            module.set_modules_to_backward_prefetch(_fsdp(earlier[::-1]))
-
-
-def _fsdp(modules: list[nn.Module]) -> list[FSDPModule]:
-    return [module for module in modules if isinstance(module, FSDPModule)]

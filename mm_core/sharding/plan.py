@@ -73,6 +73,11 @@ class ShardingPlan:
         units: in the order of the forward pass, without the root.
         root: what is left.
         recompute: paths of modules whose activations are recomputed.
+        recompute_granularity: `full`, or `selective`: the results of expensive operations are kept.
+        offload_activations: paths of modules whose saved activations wait in host memory.
+        experts: paths of modules whose parameters hold one expert an index of dimension 0, when they are
+            distributed over ranks.
+        aligned: paths of the modules that make up the unit `ALIGNED`, if there is one.
         ignored: paths of frozen modules that are not sharded, and their parameters' names.
         fp32_inputs: forward arguments of the root that keep their dtype.
         sources: field of fsdp2.yaml -> where it came from: `fsdp2.yaml`, `policy` or `structure`.
@@ -83,6 +88,10 @@ class ShardingPlan:
     units: tuple[Unit, ...]
     root: Unit
     recompute: tuple[str, ...] = ()
+    recompute_granularity: str = "full"
+    offload_activations: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    aligned: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     ignored_parameters: tuple[str, ...] = ()
     fp32_inputs: tuple[str, ...] = ()
@@ -97,6 +106,8 @@ class ShardingPlan:
     use_reentrant: bool = False
     forward_prefetch: int = 0
     backward_prefetch: int = 0
+    expert_parallel_size: int = 1
+    reshard_local_experts: bool = True
 
     def rows(self, shards: int) -> list[dict[str, Any]]:
         """One row a unit, the root last: `unit, parameters, numel, bytes_per_rank, gathered_bytes, dtype,

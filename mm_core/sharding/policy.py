@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,19 +20,37 @@ class ShardingPolicy:
             them (prefetching follows it). The root takes what is left. Empty: the blocks are found by
             structure (every `ModuleList` of at least two modules of one class).
         recompute: modules whose activations are computed again in the backward pass.
+        recompute_granularity: how the modules of `recompute` are recomputed, as in fsdp2.yaml.
+        offload_activations: modules whose saved activations wait for the backward pass in host memory.
         ignored: frozen modules that are not sharded.
         keep_gathered: units (from the list above) that stay gathered between forward and backward, whatever
             `reshard_after_forward` says.
+        experts: modules whose parameters hold one expert an index of dimension 0 (`moe_modules`).
+        aligned: norms, gates and other small modules that `align_fsdp_param_groups` puts in one unit of their
+            own, which stays gathered.
         aliases: module paths that users bring from elsewhere -> ours: `{"head": "proj_out",
             "blocks.{*}.self_attn": "blocks.{*}.attn1"}`.
         fp32_inputs: names of the component's forward arguments that keep their dtype when mixed precision
             casts the others to `param_dtype`. bf16 has 8 significant bits: it would move the timestep 937.5
             to 936.
+        reshard_after_forward, …, align_fsdp_param_groups: what fsdp2.yaml has for the keys of these names when
+            it does not write them; None leaves the key's own default.
     """
 
     units: tuple[str, ...] = ()
     recompute: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     keep_gathered: tuple[str, ...] = ()
+    recompute_granularity: Literal["full", "selective"] | None = None
+    offload_activations: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+    aligned: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     fp32_inputs: tuple[str, ...] = ("timestep",)
+    reshard_after_forward: bool | int | None = None
+    param_dtype: str | None = None
+    reduce_dtype: str | None = None
+    output_dtype: str | None = None
+    num_to_forward_prefetch: int | None = None
+    num_to_backward_prefetch: int | None = None
+    align_fsdp_param_groups: bool | None = None
