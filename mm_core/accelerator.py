@@ -12,7 +12,9 @@ import logging
 import os
 import random
 import resource
+import socket
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import ModuleType
@@ -22,13 +24,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mm_core.config.devices import TYPES, VISIBLE, broken_torch_npu, communication, visible_devices
 from mm_core.config.environment import read, whole_number
 from mm_registry.errors import UserError
 
 log = logging.getLogger(__name__)
 
-TYPES = ("cuda", "npu", "cpu")
-_COLLECTIVES = {"cuda": "nccl", "npu": "hccl"}
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 _DTYPES = {
@@ -82,12 +83,17 @@ class Accelerator:
     def current(cls, requested: str | None = None) -> Accelerator:
         """The accelerator found here: CUDA, else NPU, else the CPU.
 
+        torch_npu is imported where it is installed, if torch did not import it already (it does, unless
+        `TORCH_DEVICE_BACKEND_AUTOLOAD=0`).
+
         Args:
             requested: `cpu`, `cuda` or `npu` to insist on one; the environment's `MM_DEVICE` by default.
 
         Raises:
-            UserError: the requested one is unknown or cannot be used here; the message says why.
+            UserError: the requested one is unknown or cannot be used here, and why; or torch_npu is installed and
+                cannot be imported, which no run survives, whatever its device: diffusers and transformers import it.
         """
+        _import_torch_npu()
         requested = requested or read("MM_DEVICE") or None
         if requested is not None:
             if requested not in TYPES:
@@ -101,25 +107,61 @@ class Accelerator:
             if reason is None:
                 return cls(type_)
             if type_ == "npu" and _torch_npu_installed():
-                log.warning("torch_npu is installed, but %s; the NPU is not used.", reason)
+                log.warning("torch_npu is installed, but %s.", reason)
         return cls("cpu")
 
     @property
     def device(self) -> torch.device:
-        """The device of this rank."""
-        return torch.device("cpu") if self.type == "cpu" else torch.device(self.type, self.local_rank)
+        """The device of this rank: the one that its local rank counts to, or the only one that it may see (a
+        scheduler can give each process its own).
+        """
+        if self.type == "cpu":
+            return torch.device("cpu")
+        return torch.device(self.type, 0 if self._sees_one else self.local_rank)
 
     @property
     def backend(self) -> str:
         """Backend of communication; it always has a gloo side for CPU tensors."""
-        if self.type == "cpu":
-            return "gloo"
-        return f"cpu:gloo,{self.type}:{_COLLECTIVES[self.type]}"
+        return communication(None, self.type)[0]
 
     @property
     def has_pinned_memory(self) -> bool:
         """Whether host memory can be pinned for copies to the device."""
         return self.type != "cpu"
+
+    @property
+    def forces_sum_reduction(self) -> bool:
+        """Whether gradients must be reduced by plain sums, and divided in a step of their own.
+
+        HCCL itself knows sum, product, minimum and maximum: it lacks NCCL's pre-multiplied sum, and has no mean of its
+        own. FSDP2 asks for one of the two unless `set_force_sum_reduction_for_comms(True)` was called.
+        """
+        return self.type == "npu"
+
+    def new_stream(self) -> Any:
+        """A stream of its own on this device, for copies beside the computation; None on a CPU, which has none."""
+        return None if self.type == "cpu" else self._module.Stream(device=self.device)
+
+    def current_stream(self) -> Any:
+        """The stream that this thread's operations go to; None on a CPU."""
+        return None if self.type == "cpu" else self._module.current_stream(self.device)
+
+    def stream(self, stream: Any) -> AbstractContextManager[Any]:
+        """Inside, operations go to `stream`, from `new_stream()`; with None, nothing changes."""
+        return nullcontext() if stream is None else self._module.stream(stream)
+
+    def new_event(self) -> Any:
+        """An event that one stream records and another waits for; None on a CPU, where work is done in order."""
+        return None if self.type == "cpu" else self._module.Event()
+
+    def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Uninitialised host memory for a copy of `tensor`: its shape, dtype and order of dimensions.
+
+        Strides are the tensor's own, except that gaps and repeated elements (of slices, of expanded tensors) are
+        packed. The memory is page-locked where the device allows it (`has_pinned_memory`), so that a copy with
+        `non_blocking=True` runs beside the computation; it is plain memory otherwise.
+        """
+        return torch.empty_like(tensor, device="cpu", pin_memory=self.has_pinned_memory)
 
     def use(self) -> None:
         """Make this rank's device the current one.
@@ -129,13 +171,30 @@ class Accelerator:
         """
         if self.type == "cpu":
             return
-        count = self._module.device_count()
-        if self.local_rank >= count:
-            raise UserError(
-                f"Local rank {self.local_rank} has no {self.type} device: this machine has {count}. "
-                f"Start {count} processes on it (--nproc-per-node {count})."
-            )
-        self._module.set_device(self.local_rank)
+        # If it sees one device only, the other processes may see theirs.
+        self.check_processes(
+            1 if self._sees_one else max(self.local_rank + 1, whole_number("LOCAL_WORLD_SIZE", 1))
+        )
+        self._module.set_device(self.device.index)
+
+    def check_processes(self, count: int) -> None:
+        """Whether each of `count` processes of this machine has a device of its own; always, on a CPU.
+
+        Raises:
+            UserError: there are fewer devices than processes; the message says how many, and what hides the others.
+        """
+        if self.type == "cpu":
+            return
+        here = self._module.device_count()
+        if count <= here:
+            return
+        variable = VISIBLE[self.type]
+        hidden = f" ({variable}={read(variable)} hides the others)" if read(variable) is not None else ""
+        raise UserError(
+            f"{count} processes on this machine, but it shows {here} {self.type} "
+            f"device{'' if here == 1 else 's'}{hidden}: two processes cannot share one; start at most {here} on it "
+            f"(--nproc-per-node {here})."
+        )
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it was given."""
@@ -187,7 +246,7 @@ class Accelerator:
             "python.gauss": torch.tensor([] if gauss_next is None else [gauss_next], dtype=torch.float64),
         }
         if self.type != "cpu":
-            states[f"torch.{self.type}"] = self._module.get_rng_state(self.local_rank)
+            states[f"torch.{self.type}"] = self._module.get_rng_state(self.device.index)
         return states
 
     def set_rng_state(self, states: dict[str, torch.Tensor]) -> None:
@@ -204,29 +263,34 @@ class Accelerator:
         random.setstate((version, tuple(words), gauss[0] if gauss else None))
         device_state = states.get(f"torch.{self.type}")
         if self.type != "cpu" and device_state is not None:
-            self._module.set_rng_state(device_state, self.local_rank)
+            self._module.set_rng_state(device_state, self.device.index)
 
-    def init_process_group(self, backend: str | None = None, timeout_minutes: float = 10) -> None:
+    def init_process_group(
+        self, backend: str | None = None, timeout_minutes: float = 10, store: dist.Store | None = None
+    ) -> None:
         """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe.
 
         A process without them becomes a group of one, over an in-process store: sharding and checkpoints
         need no second code path. A group that already exists is kept.
 
         Args:
-            backend: what the user asked for (`--distributed-backend`); the accelerator's own by default.
-                `nccl` and `hccl` alone are completed with gloo for CPU tensors.
+            backend: what the user asked for (`--distributed-backend`, see `communication`); the accelerator's own by
+                default.
             timeout_minutes: how long a collective may wait for the other ranks.
+            store: where the ranks of the variables have met already; by default they meet here.
 
         Raises:
-            UserError: the variables are incomplete or wrong, or the backend is missing here.
+            UserError: the variables are incomplete or wrong, the backend is none for this device, or two ranks of one
+                machine have the same device.
         """
         if dist.is_initialized():
             return
         self.use()
-        backend = _complete_backend(self, backend)
+        backend, said = communication(backend, self.type)
         timeout = timedelta(minutes=timeout_minutes)
-        # Passing the device lets NCCL and HCCL connect at once, and says which device a rank owns.
-        device = None if self.type == "cpu" else self.device
+        # Told its device, NCCL connects at once, and torch makes the groups of a mesh by splitting this one. HCCL is
+        # not known to split; with a device torch would ask it to, and fail.
+        device = self.device if self.type == "cuda" else None
         if read("RANK") is None and read("WORLD_SIZE") is None:
             store = dist.HashStore()
             dist.init_process_group(
@@ -243,9 +307,34 @@ class Accelerator:
         rank, world = whole_number("RANK", 0), whole_number("WORLD_SIZE", 1)
         if not 0 <= rank < world:
             raise UserError(f"RANK={rank} is outside WORLD_SIZE={world}.")
+        if said and rank == 0:
+            log.warning("--distributed-backend: %s.", said)
+        meeting = {"init_method": "env://"} if store is None else {"store": store}
         dist.init_process_group(
-            backend, init_method="env://", rank=rank, world_size=world, timeout=timeout, device_id=device
+            backend, rank=rank, world_size=world, timeout=timeout, device_id=device, **meeting
         )
+        if self.type != "cpu" and world > 1:
+            self._check_own_device()
+
+    def _check_own_device(self) -> None:
+        """Refuse two ranks of a machine on one device: NCCL says it late, HCCL may hang."""
+        visible = visible_devices(self.type) or [str(self.device.index)]
+        mine = (socket.gethostname(), visible[self.device.index if len(visible) > 1 else 0])
+        places: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(places, mine)
+        together = [str(rank) for rank, place in enumerate(places) if place == mine]
+        if len(together) > 1:
+            dist.destroy_process_group()
+            raise UserError(
+                f"Ranks {', '.join(together)} would share {self.type} device {mine[1]} of {mine[0]}: "
+                f"give each process its own ({VISIBLE[self.type]}, LOCAL_RANK), or start fewer."
+            )
+
+    @property
+    def _sees_one(self) -> bool:
+        """Whether a variable shows this process a single device, as schedulers do that give each its own."""
+        visible = visible_devices(self.type)
+        return visible is not None and len(visible) == 1
 
     @property
     def _module(self) -> Any:
@@ -258,51 +347,31 @@ def destroy_process_group() -> None:
         dist.destroy_process_group()
 
 
-def _complete_backend(accelerator: Accelerator, backend: str | None) -> str:
-    """What torch understands, from what the user wrote; parts for devices that are not here are dropped."""
-    if backend is None:
-        return accelerator.backend
-    parts = dict(_split_backend(part, accelerator) for part in backend.split(","))
-    wanted = parts.get(accelerator.type)
-    if wanted not in ("gloo", _COLLECTIVES.get(accelerator.type)):
-        raise UserError(
-            f'--distributed-backend "{backend}" has nothing for the {accelerator.type} device of this '
-            f'machine; use "{accelerator.backend}" or leave the flag out.'
-        )
-    return "gloo" if accelerator.type == "cpu" else f"cpu:gloo,{accelerator.type}:{wanted}"
-
-
-def _split_backend(part: str, accelerator: Accelerator) -> tuple[str, str]:
-    device, colon, name = part.strip().partition(":")
-    if colon:
-        return device, name
-    # Scripts written for NPUs pass "nccl" and rely on it being mapped; on a CPU only gloo can be meant.
-    owners = {collective: type_ for type_, collective in _COLLECTIVES.items()}
-    if device in owners:
-        return accelerator.type, "gloo" if accelerator.type == "cpu" else _COLLECTIVES[accelerator.type]
-    return accelerator.type, device
-
-
 def _why_not(type_: str) -> str | None:
     """Why a device type cannot be used here; `None` if it can."""
     if type_ == "cpu":
         return None
     if type_ == "cuda":
         return None if torch.cuda.is_available() else "torch finds no CUDA device"
+    if not _torch_npu_installed() and not hasattr(torch, "npu"):
+        return "torch_npu is not installed (pip install torch-npu, beside a matching CANN)"
     npu: ModuleType | None = getattr(torch, "npu", None)
-    if npu is None:
-        if not _torch_npu_installed():
-            return "torch_npu is not installed (pip install torch-npu, beside a matching CANN)"
-        try:
-            importlib.import_module("torch_npu")
-        except (ImportError, OSError, RuntimeError) as error:
-            # A missing CANN shows itself as any of the three, often as libhccl.so.
-            return (
-                f"torch_npu cannot be loaded ({error}); check that CANN is installed and its set_env.sh "
-                "was sourced"
-            )
-        npu = getattr(torch, "npu", None)
     return None if npu is not None and npu.is_available() else "torch_npu finds no NPU"
+
+
+def _import_torch_npu() -> None:
+    """Import torch_npu where it is installed, unless torch itself did.
+
+    Raises:
+        UserError: it cannot be imported, as on a machine without CANN.
+    """
+    if hasattr(torch, "npu") or not _torch_npu_installed():
+        return
+    try:
+        importlib.import_module("torch_npu")
+    except (ImportError, OSError, RuntimeError) as error:
+        # A missing CANN shows itself as any of the three, often as libhccl.so.
+        raise UserError(broken_torch_npu(error)) from error
 
 
 def _torch_npu_installed() -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from mm_core.cli import pydantic_plugins
 from mm_core.cli.options import choice, output_format
@@ -24,7 +25,8 @@ or overrides it is a job on this machine, whose paths must exist. Exit code 2 if
 
 --level warning leaves notes out of the text, --level error warnings too; the last line counts all.
 --build imports torch, builds the models on the meta device, and checks the patterns of the sharding file against
-them and the names and shapes of weights, of which it reads headers only. A line says what was built.
+them and the names and shapes of weights, of which it reads headers only. A line says what was built, and a table how
+it is sharded: sizes are those of one rank of as many as the flags ask for.
 """
 LEVELS = ("note", "warning", "error")
 _PLURALS = {"error": "errors", "warning": "warnings", "note": "notes"}
@@ -41,6 +43,7 @@ def run(argv: list[str]) -> int:
     build = "--build" in rest
     rest = [word for word in rest if word != "--build"]
     summary: list[str] = []
+    tables, sharding = "", None
     try:
         findings = _findings(rest)
         if build:
@@ -48,15 +51,19 @@ def run(argv: list[str]) -> int:
 
             report = check_build(rest, findings)
             findings, summary = (*findings, *report.findings), report.summary
+            tables, sharding = report.tables, report.sharding
     except ConfigError as error:
         if form != "json":
             raise
         findings = error.findings
     if form == "json":
-        data = {"findings": [finding.to_dict() for finding in findings]}
+        data: dict[str, Any] = {"findings": [finding.to_dict() for finding in findings]}
+        if sharding is not None:
+            data["sharding"] = sharding
         sys.stdout.write(json_text(data))
     else:
-        sys.stdout.write("".join(f"{line}\n" for line in summary) + findings_text(findings, level))
+        lines = "".join(f"{line}\n" for line in summary)
+        sys.stdout.write(lines + tables + findings_text(findings, level))
     return ConfigError.exit_code if has_errors(findings) else 0
 
 

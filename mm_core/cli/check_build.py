@@ -8,6 +8,7 @@ from mm_core.config.assemble import Assembly
 from mm_core.config.document import Document, read_document
 from mm_core.config.findings import ConfigError, Finding
 from mm_core.config.flag_parsing import parse_train_flags
+from mm_core.config.flags import world_size
 from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.generation_job import draft_generation_job
 from mm_core.config.job import draft_training_job
@@ -45,6 +46,8 @@ def check_build(arguments: Sequence[str], findings: Sequence[Finding]) -> BuildR
             one = check_buildable(job)
             report.findings += one.findings
             report.summary += one.summary
+            report.tables += one.tables
+            report.sharding += one.sharding
     if sharding is not None and len(kinds) == 1:
         report.summary.append(
             f"{sharding.path}: give the model file as well, and the patterns are checked against it"
@@ -71,6 +74,7 @@ def _training(
         draft = draft_training_job(flags, assembly, to_run=False)
     except ConfigError:
         return Buildable({}, Document.from_data({}))  # the flags are wrong, and it is said
+    ranks = world_size(flags)
     fsdp2, document = draft.fsdp2, draft.documents.get("fsdp2")
     if sharding is not None:
         fsdp2, document = check_section(Fsdp2Config, sharding).section, sharding
@@ -83,6 +87,7 @@ def _training(
         flags.load,
         flags.finding("load", "weights", ""),
         tuple(findings),
+        ranks if flags.nproc_per_node is not None or ranks > 1 else None,
     )
 
 

@@ -1,5 +1,6 @@
 """`mm doctor`: what is wrong with this environment, its variables and its plugins, what it costs, and what mends it.
-Reads metadata and source files only: imports neither torch nor a plugin.
+Reads metadata and source files only: imports neither torch nor a plugin (where torch_npu is installed, a process of
+its own tries it).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mm_core.cli.devices import describe_devices, devices_text
 from mm_core.cli.diagnosis import LEVELS, Problem, diagnose, problem, requirements_of_core
 from mm_core.cli.options import no_words, output_format
 from mm_core.cli.tables import json_text, printable, table
@@ -27,8 +29,8 @@ _HELP = """\
 usage: mm doctor [--format table|json]
 
 Tell what is wrong, or left unsaid, in this environment: damaged metadata, ids that two distributions claim,
-plugins made for another version, missing requirements, selection files in force, environment variables that are
-set (who reads them, and whether their value is right); and what mends each.
+plugins made for another version, missing requirements, devices that cannot be used, selection files in force,
+environment variables that are set (who reads them, and whether their value is right); and what mends each.
 Exit code 2 if there is an error, else 0.
 """
 
@@ -44,12 +46,14 @@ def run(argv: list[str]) -> int:
     # A selection that cannot be read must not hide everything else.
     manager = PluginManager(environment_file=None, project_folder=None) if damaged else default_manager()
     environment = list(_environment())
-    problems = _worst_first([*damaged, *diagnose(manager), *_wrong_variables()])
+    devices, unusable = describe_devices()
+    problems = _worst_first([*damaged, *unusable, *diagnose(manager), *_wrong_variables()])
     failed = any(found.level == "error" for found in problems)
     page = {
         "ok": not failed,
         "python": {"version": platform.python_version(), "executable": sys.executable, "prefix": sys.prefix},
         "versions": list(_versions(manager)),
+        "devices": devices,
         "optional": [dict(zip(("name", "version", "meaning"), row, strict=True)) for row in describe()],
         "plugins": list(_plugins(manager)),
         "selection": selection,
@@ -145,7 +149,8 @@ def _text(page: dict[str, Any]) -> str:
         f"{each['distribution']} {each['version'] or 'missing'}" for each in page["versions"]
     )
     parts = [
-        f"Python {python['version']} ({python['executable']})\n{versions}\n{_optional(page['optional'])}\n",
+        f"Python {python['version']} ({python['executable']})\n{versions}\n{_optional(page['optional'])}\n"
+        f"{devices_text(page['devices'])}",
         table(
             ("distribution", "version", "entries", "origin"),
             [

@@ -134,6 +134,22 @@ EXPLANATIONS: dict[str, Explanation] = {
     "environment-variable": Explanation(
         "A wrong value stops whoever reads it, or is taken for another; under a wrong name nobody reads it."
     ),
+    # found by the doctor: devices
+    "broken-torch-npu": Explanation(
+        "torch imports it at once, and diffusers and transformers wherever they find it: nothing that needs torch works."
+    ),
+    "no-npu": Explanation(
+        "Jobs run on another device, or on the CPU.",
+        "Check that npu-smi shows the NPUs, that the container was given them, and ASCEND_RT_VISIBLE_DEVICES",
+    ),
+    "no-torch-npu": Explanation(
+        "There are files of NPUs, and torch cannot use them: jobs run on another device, or on the CPU.",
+        "Install the torch-npu of your version of torch beside CANN: pip install torch-npu",
+    ),
+    "cpu-torch": Explanation(
+        "There are files of CUDA devices, and this build of torch is for CPUs: jobs run on the CPU.",
+        "Install a build of torch for CUDA: https://pytorch.org/get-started/locally",
+    ),
     # found by the doctor: what a plugin leaves unsaid
     "no-api-range": Explanation(
         "Nobody can tell whether the plugin fits the installed core; if it does not, it fails in the middle of a run "

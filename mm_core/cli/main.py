@@ -75,6 +75,11 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, OSError) and _output_failed(error):
             sys.stderr.write(f"mm: cannot write output: {error.strerror}\n")
             return 1
+        from mm_core.config.devices import torch_npu_failure
+
+        if (sentence := torch_npu_failure(error)) is not None:  # often, `import torch` itself
+            _report(UserError(sentence))
+            return UserError.exit_code
         import traceback  # here, because `mm list` is to answer at once
 
         traceback.print_exc()

@@ -8,8 +8,8 @@ from pydantic import PrivateAttr
 
 from mm_core.config import flag_table as table
 from mm_core.config.document import Document
-from mm_core.config.environment import read
-from mm_core.config.findings import ConfigError, Finding
+from mm_core.config.environment import launched, read
+from mm_core.config.findings import ConfigError, Finding, clip, closest
 from mm_core.config.flag_help import flag_name, metavar
 from mm_core.config.origin import DEFAULT, Origin
 from mm_core.config.overrides import FLAG_OF, Override
@@ -22,6 +22,7 @@ class TrainFlags(
     table.ScheduleFlags,
     table.CheckpointFlags,
     table.PrecisionFlags,
+    table.RecomputeFlags,
     table.LaunchFlags,
     table.LogFlags,
     table.AcceptedFlags,
@@ -80,6 +81,19 @@ class TrainFlags(
             return int(self.lr_warmup_fraction * (self.lr_decay_iters or self.train_iters))
         return self.lr_warmup_iters
 
+    @property
+    def machines(self) -> tuple[int, int]:
+        """The smallest and the largest number of machines, from `--nnodes`: N means (N, N), MIN:MAX both."""
+        low, _, high = str(self.nnodes or 1).partition(":")
+        return int(low), int(high or low)
+
+    @property
+    def elastic(self) -> bool:
+        """Whether ranks are started again after a failure, or machines may come and go."""
+        return bool(self.max_restarts or isinstance(self.nnodes, str) or self.rdzv_backend == "c10d") or (
+            self.rdzv_backend is None and any((self.rdzv_endpoint, self.rdzv_id, self.rdzv_conf))
+        )
+
     def accumulation_steps(self, dp_size: int) -> int:
         """Return forward passes of one rank in one optimizer step, for `dp_size` data-parallel ranks.
 
@@ -136,7 +150,7 @@ def world_size(flags: TrainFlags, environ: Mapping[str, str] | None = None) -> i
     whole = launched.isascii() and launched.isdigit() and len(launched) < 10  # "²".isdigit() is true
     if read("RANK", environ) is not None and whole and int(launched) > 0:
         return int(launched)
-    return (flags.nproc_per_node or 1) * (flags.nnodes or 1)
+    return (flags.nproc_per_node or 1) * flags.machines[1]
 
 
 def check_together(flags: TrainFlags) -> list[Finding]:
@@ -178,14 +192,66 @@ def check_together(flags: TrainFlags) -> list[Finding]:
         findings.append(
             flags.finding("finetune", "missing-flag", "needs --load: there are no weights to start from")
         )
-    nodes = flags.nnodes or 1
-    if (flags.node_rank or 0) >= nodes:
-        findings.append(
-            flags.finding("node_rank", "out-of-range", f"{flags.node_rank} must be below --nnodes {nodes}")
-        )
-    if nodes > 1 and flags.master_addr is None and flags.nproc_per_node is not None:
-        findings.append(flags.finding("nnodes", "missing-flag", f"{nodes} machines need --master-addr"))
+    return [*findings, *check_machines(flags)]
+
+
+def check_machines(flags: TrainFlags) -> list[Finding]:
+    """Return the errors of flags that say how machines find each other."""
+    findings = []
+    least, most = flags.machines
+    if least > most:
+        text = f"{flags.nnodes} reads MIN:MAX, and {least} is above {most}"
+        findings.append(flags.finding("nnodes", "out-of-range", text, f"Use {most}:{least}"))
+    elif (flags.node_rank or 0) >= most:
+        text = f"{flags.node_rank} must be below --nnodes {most}"
+        findings.append(flags.finding("node_rank", "out-of-range", text))
+    if least != most and not flags.global_batch_size:
+        text = f"{flags.nnodes} machines need --global-batch-size: its default would change with their number"
+        findings.append(flags.finding("nnodes", "missing-flag", text))
+    known = launched() or read("SLURM_STEP_ID") is not None  # the launcher says where
+    meets = flags.master_addr or flags.rdzv_endpoint or read("MASTER_ADDR")
+    if most > 1 and not known and not meets and flags.nproc_per_node is not None:
+        wanted = "--rdzv-endpoint" if flags.elastic else "--master-addr"
+        findings.append(flags.finding("nnodes", "missing-flag", f"{most} machines need {wanted}"))
+    if most > 1 and not known and flags.elastic and flags.rdzv_id is None:
+        text = f"{most} machines of an elastic job need --rdzv-id, the same on each"
+        findings.append(flags.finding("nnodes", "missing-flag", text))
+    if flags.rdzv_backend == "static" and isinstance(flags.nnodes, str):
+        text = "static machines are a fixed number, and --nnodes is a range"
+        findings.append(flags.finding("rdzv_backend", "conflict", text, "Use c10d"))
+    host, colon, port = (flags.rdzv_endpoint or "").rpartition(":")
+    if colon and (not host or not (port.isascii() and port.isdigit() and int(port) < 65536)):
+        text = f'"{clip(flags.rdzv_endpoint or "")}" is no HOST:PORT'
+        findings.append(flags.finding("rdzv_endpoint", "bad-value", text))
+    problem = rendezvous_settings(flags.rdzv_conf or "")[1]
+    if problem:
+        findings.append(flags.finding("rdzv_conf", "bad-value", problem))
+    if (flags.max_restarts or 0) > 0 and flags.save is None:
+        text = "needs --save: without checkpoints a restart begins at step 0"
+        findings.append(flags.finding("max_restarts", "missing-flag", text, "Add --save FOLDER"))
     return findings
+
+
+#: Settings of torch's c10d rendezvous that hold seconds or numbers.
+_RENDEZVOUS = (
+    "timeout", "join_timeout", "last_call_timeout", "close_timeout", "heartbeat_timeout", "read_timeout",
+    "keep_alive_interval", "keep_alive_max_attempt",
+)  # fmt: skip
+
+
+def rendezvous_settings(text: str) -> tuple[dict[str, int], str]:
+    """Return what `--rdzv-conf` says, and what is wrong with it, or the empty text."""
+    settings: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (word.strip() for word in part.partition("="))
+        if name not in _RENDEZVOUS:
+            near = closest(name, _RENDEZVOUS)
+            mend = f"did you mean {near}?" if near else f"there are {', '.join(_RENDEZVOUS)}"
+            return {}, f'there is no setting "{clip(name)}"; {mend}'
+        if not (value.isascii() and value.isdigit() and 0 < int(value) < 10**6):
+            return {}, f'"{clip(part)}" needs a whole number from 1, such as {name}=60'
+        settings[name] = int(value)
+    return settings, ""
 
 
 def required_flags(flags: TrainFlags) -> list[Finding]:

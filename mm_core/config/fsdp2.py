@@ -4,13 +4,14 @@ Where MindSpeed-MM's documentation and code disagree about a default, the choice
 description.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PrivateAttr
 from pydantic_core import PydanticCustomError
 
 from mm_core.config.dtypes import DType
-from mm_core.config.keys import NoEffect, NotYet, Only
+from mm_core.config.keys import NoEffect, Only
 from mm_core.config.patterns import pattern_problem
 from mm_core.config.section import SectionModel
 
@@ -23,7 +24,15 @@ def _well_formed(pattern: str) -> str:
 
 
 Pattern = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_well_formed)]
-_EXPERTS = "experts are not distributed over ranks yet"
+_NO_EXPERTS = "experts are distributed only by an expert_parallel_size above 1"
+PATTERN_FIELDS = (
+    "sub_modules_to_wrap",
+    "ignored_modules",
+    "recompute_modules",
+    "offload_activations",
+    "moe_modules",
+)
+"""The fields that hold patterns, each a tuple or None."""
 
 
 class Fsdp2Config(SectionModel):
@@ -106,7 +115,8 @@ class Fsdp2Config(SectionModel):
         Literal["full", "selective"] | None,
         Field(
             description="How modules are recomputed: `full` keeps only their inputs; `selective` also keeps the results of "
-            "matrix products and attention, and recomputes the rest. Without recompute_modules: the policy's modules, else all units."
+            "matrix products and attention, and recomputes the rest. Without recompute_modules: the policy's modules, "
+            "else all units."
         ),
     ] = None
     recompute_num_layers: Annotated[
@@ -127,15 +137,13 @@ class Fsdp2Config(SectionModel):
     ] = False
     align_fsdp_param_groups: Annotated[
         bool,
-        NotYet(False, reason="parameter groups of linear layers only are not made yet"),
         Field(
-            description="Give the norms and gates of a model a group of their own, so that the other groups hold "
-            "linear layers only."
+            description="Put the norms and gates that the policy names in a group of their own, which stays gathered, so "
+            "that the other groups hold linear layers only."
         ),
     ] = False
     expert_parallel_size: Annotated[
         Annotated[int, Field(ge=1)] | None,
-        NotYet(1, None, reason=_EXPERTS),
         Field(
             description="Ranks that share the experts of one layer; must divide their number. null is 1 "
             "(MindSpeed-MM stops at null)."
@@ -143,14 +151,29 @@ class Fsdp2Config(SectionModel):
     ] = 1
     reshard_local_experts: Annotated[
         bool,
-        NoEffect("there are no experts to shard", quiet_for=(True,)),
+        NoEffect(_NO_EXPERTS, quiet_for=(True,), when=("expert_parallel_size", 1)),
         Field(description="Free gathered experts after the forward pass."),
     ] = True
     moe_modules: Annotated[
         tuple[Pattern, ...] | None,
-        NotYet(None, (), reason=_EXPERTS),
-        Field(description="Modules that hold experts, which expert_parallel_size distributes."),
+        NoEffect(_NO_EXPERTS, quiet_for=(None, (), []), when=("expert_parallel_size", 1)),
+        Field(
+            description="Modules that hold experts, which expert_parallel_size distributes: dimension 0 of their parameters "
+            "counts the experts."
+        ),
     ] = None
+
+    _fillers: Mapping[str, str] = PrivateAttr(default_factory=dict)
+
+    def filled(self, values: Mapping[str, Any], by: str) -> Self:
+        """A copy with keys that the file leaves open, filled by a flag (`--bf16`)."""
+        copy = self.model_copy(update=dict(values))
+        copy._fillers = {**self._fillers, **dict.fromkeys(values, by)}
+        return copy
+
+    def source(self, key: str) -> str | None:
+        """Who wrote a key: `fsdp2.yaml`, or the flag that filled it; None: nobody, it has its default."""
+        return self._fillers.get(key, "fsdp2.yaml") if key in self.model_fields_set else None
 
     def shard_group_size(self, world_size: int) -> int:
         """Return how many ranks share one copy of the parameters, out of `world_size` data-parallel ranks."""

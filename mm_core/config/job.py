@@ -34,6 +34,8 @@ from mm_core.config.model import COMPONENT_SECTIONS, ModelConfig
 from mm_core.config.origin import KeyPath
 from mm_core.config.overrides import FLAG_OF, SECTIONS
 from mm_core.config.parts import Part, find_callbacks, find_part, find_parts
+from mm_core.config.recompute import KEYS as RECOMPUTE_KEYS
+from mm_core.config.recompute import with_recompute_flags
 from mm_core.config.resolved import component_values, legacy_paths, origins_of, place, plain
 from mm_core.config.section import check_section
 from mm_core.config.tools import ToolsConfig
@@ -304,11 +306,24 @@ def _cross_checks(draft: TrainingDraft, ranks: int, *, to_run: bool) -> list[Fin
     if draft.fsdp2 is not None:
         draft.fsdp2, found = _precision(draft, draft.fsdp2)
         findings += found
+        draft.fsdp2, found = _recompute(draft, draft.fsdp2)
+        findings += found
         # A check that does not say how many ranks there will be is not asked to divide by them.
         known = to_run or flags.nproc_per_node is not None or ranks > 1
         if draft.tools is not None and known:
             findings += cross.check_ranks(flags, draft.fsdp2, draft.documents["fsdp2"], draft.tools, ranks)
     return findings
+
+
+def _recompute(draft: TrainingDraft, fsdp2: Fsdp2Config) -> tuple[Fsdp2Config, list[Finding]]:
+    """Let the flags of recomputation fill what fsdp2.yaml leaves open."""
+    filled, findings = with_recompute_flags(fsdp2, draft.flags)
+    for name in RECOMPUTE_KEYS:
+        value = getattr(filled, name, None)
+        if value is not None and name not in fsdp2.model_fields_set:
+            document, origin = draft.documents["fsdp2"], draft.flags.origin(name)
+            draft.documents["fsdp2"] = document.replaced((name,), value, origin)
+    return filled, findings
 
 
 def _precision(draft: TrainingDraft, fsdp2: Fsdp2Config) -> tuple[Fsdp2Config, list[Finding]]:
@@ -319,7 +334,7 @@ def _precision(draft: TrainingDraft, fsdp2: Fsdp2Config) -> tuple[Fsdp2Config, l
     if draft.flags.bf16:
         if fsdp2.param_dtype is None:
             chosen = {"param_dtype": "bf16", "reduce_dtype": fsdp2.reduce_dtype or "fp32"}
-            fsdp2 = fsdp2.model_copy(update=chosen)
+            fsdp2 = fsdp2.filled(chosen, "--bf16")
             for name, value in chosen.items():
                 document = draft.documents["fsdp2"]
                 if not document.has((name,)) or document.value((name,)) is None:

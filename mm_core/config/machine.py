@@ -8,17 +8,16 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from mm_core.config.devices import TYPES, communication, read_backend, visible_devices
 from mm_core.config.environment import check_environment, read
 from mm_core.config.findings import Finding, Level
 from mm_core.config.flags import TrainFlags
+from mm_registry.errors import UserError
 
 #: Ranks for each core of a machine without accelerator: above the first they crawl, which is said; above the second
 #: they would not even start (each is a process of some 300 MB that must meet the others in time), which is refused.
 _CROWDED, _TOO_MANY = 2, 8
-_DEVICE_FILES = {
-    "CUDA": (re.compile(r"nvidia\d+"), "CUDA_VISIBLE_DEVICES"),
-    "NPU": (re.compile(r"davinci\d+"), "ASCEND_RT_VISIBLE_DEVICES"),
-}
+_DEVICE_FILES = {"cuda": re.compile(r"nvidia\d+"), "npu": re.compile(r"davinci\d+")}
 
 
 def check_surroundings(
@@ -40,31 +39,40 @@ def check_surroundings(
         cores: those of this process; counted by default.
     """
     findings = [finding for finding in check_environment(environ) if finding.level != "note"]
+    wrong = _backend_spelling(flags)
+    findings += wrong
     if to_run:
-        devices = count_devices(environ, folder)
-        findings += _processes(flags, devices, cores or _cores())
-        findings += _backend(flags, devices)
+        device, devices = find_devices(environ, folder)
+        if device == "cpu" or devices:
+            findings += _processes(flags, devices, cores or _cores())
+        if not wrong:
+            findings += _backend(flags, device)
     return findings
 
 
-def count_devices(environ: Mapping[str, str] | None = None, folder: Path = Path("/dev")) -> int:
-    """Return how many CUDA devices or NPUs this process may see, as far as device files and variables tell."""
-    if read("MM_DEVICE", environ) == "cpu":
-        return 0
+def find_devices(environ: Mapping[str, str] | None = None, folder: Path = Path("/dev")) -> tuple[str, int]:
+    """Return the type of device that a job here computes on, and how many of them this process may see, as far as
+    device files and variables tell; `("cpu", 0)` without any.
+
+    A type that MM_DEVICE insists on is believed; 0 of them only means that their files are elsewhere.
+    """
+    wanted = read("MM_DEVICE", environ)
+    counts = {device: device_files(device, folder) for device in _DEVICE_FILES}
+    for device in counts:
+        visible = visible_devices(device, environ)
+        if visible is not None and not any(name.startswith("MIG-") for name in visible):  # parts of one GPU
+            counts[device] = min(counts[device], len(visible))
+    if wanted in TYPES:
+        return wanted, counts.get(wanted, 0)
+    return next(((device, count) for device, count in counts.items() if count), ("cpu", 0))
+
+
+def device_files(device: str, folder: Path = Path("/dev")) -> int:
+    """Return how many devices of a type, `cuda` or `npu`, have files here."""
     try:
-        names = [entry.name for entry in os.scandir(folder)]
+        return sum(_DEVICE_FILES[device].fullmatch(entry.name) is not None for entry in os.scandir(folder))
     except OSError:  # no such folder: a system without device files
-        names = []
-    for pattern, variable in _DEVICE_FILES.values():
-        count = sum(pattern.fullmatch(name) is not None for name in names)
-        visible = read(variable, environ)
-        if count:
-            return (
-                count
-                if visible is None
-                else min(count, len([part for part in visible.split(",") if part.strip()]))
-            )
-    return 0
+        return 0
 
 
 def _cores() -> int:
@@ -88,12 +96,27 @@ def _processes(flags: TrainFlags, devices: int, cores: int) -> list[Finding]:
     return []
 
 
-def _backend(flags: TrainFlags, devices: int) -> list[Finding]:
-    wanted = flags.distributed_backend
-    if devices or wanted not in ("nccl", "hccl"):
+def _backend_spelling(flags: TrainFlags) -> list[Finding]:
+    if flags.distributed_backend is None:
         return []
-    text = f"{wanted} is for accelerators; this machine shows none, and gloo is used on the CPU"
-    return [_about(flags, "distributed_backend", "note", text)]
+    try:
+        read_backend(flags.distributed_backend)
+    except UserError as error:
+        return [_about(flags, "distributed_backend", "error", _without_flag(error))]
+    return []
+
+
+def _backend(flags: TrainFlags, device: str) -> list[Finding]:
+    try:
+        _, said = communication(flags.distributed_backend, device)
+    except UserError as error:
+        return [_about(flags, "distributed_backend", "error", _without_flag(error))]
+    return [_about(flags, "distributed_backend", "note", said)] if said else []
+
+
+def _without_flag(error: UserError) -> str:
+    """A finding names its flag by itself."""
+    return str(error).removeprefix("--distributed-backend ").removesuffix(".")
 
 
 def _about(flags: TrainFlags, name: str, level: Level, text: str, suggestion: str = "") -> Finding:

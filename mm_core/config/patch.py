@@ -15,8 +15,10 @@ class PatchConfig(SectionModel):
 
     clip_grad_async: Annotated[
         bool,
-        NoEffect("clipping never waits for the device", quiet_for=(False,)),
-        Field(description="Clip gradients without waiting for the device."),
+        Field(
+            description="Clip gradients without waiting for the device: a step's numbers are read one step later, and a "
+            "step whose loss is not finite is skipped on the device."
+        ),
     ] = False
     get_dist_model_load_from_pt: Annotated[
         bool,

@@ -105,6 +105,35 @@ VARIABLES: tuple[Variable, ...] = (
         "set by torchrun: step times are written to a standard output that is no terminal",
     ),
     Variable(
+        "TORCHELASTIC_RESTART_COUNT", OURS, "set by torchrun: how often the ranks were started again", low=0
+    ),
+    Variable(
+        "TORCHELASTIC_USE_AGENT_STORE", OURS, "set by torchrun: True if it keeps the store of the ranks"
+    ),
+    Variable(
+        "MM_JOB", OURS, "set by mm train for ranks that it may start again: the job that they belong to"
+    ),
+    Variable("MM_ATTEMPT", OURS, "set by mm train for ranks that it may start again: which start this is"),
+    *(
+        Variable(name, OURS, f"set by SLURM: {meaning}", low=0 if number else None)
+        for name, number, meaning in (
+            ("SLURM_JOB_ID", False, "number of the job; the port follows from it"),
+            ("SLURM_STEP_ID", True, "number of the srun step; srun alone sets it"),
+            ("SLURM_PROCID", True, "number of this task"),
+            ("SLURM_NTASKS", True, "tasks of the step"),
+            ("SLURM_STEP_NUM_TASKS", True, "tasks of the step, also in a shell"),
+            ("SLURM_LOCALID", True, "number of this task on its machine"),
+            ("SLURM_NODEID", True, "number of this machine in the step"),
+            ("SLURM_NNODES", True, "machines of the job"),
+            ("SLURM_STEP_NUM_NODES", True, "machines of the step"),
+            ("SLURM_NTASKS_PER_NODE", True, "tasks of each machine"),
+            ("SLURM_TASKS_PER_NODE", False, "tasks of each machine, such as 8(x2)"),
+            ("SLURM_STEP_TASKS_PER_NODE", False, "tasks of each machine of the step"),
+            ("SLURM_JOB_NODELIST", False, "machines of the job, such as node[01-04]"),
+            ("SLURM_STEP_NODELIST", False, "machines of the step"),
+        )
+    ),
+    Variable(
         "OMP_NUM_THREADS",
         _TORCH,
         "CPU threads of each process",

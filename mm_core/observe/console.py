@@ -19,7 +19,9 @@ from rich.progress import (
 
 from mm_core.observe.callback import BaseCallback, RunContext, StepRecord
 
+log = logging.getLogger(__name__)
 console = Console(stderr=True)
+_SHOWN = "shown_on_console"
 
 
 def setup_logging(rank: int, logs: Path | None = None) -> None:
@@ -30,9 +32,9 @@ def setup_logging(rank: int, logs: Path | None = None) -> None:
         handler.close()
     root.setLevel(logging.INFO)
     if rank == 0:
-        root.addHandler(
-            RichHandler(console=console, show_path=False, markup=False, log_time_format="%H:%M:%S")
-        )
+        handler = RichHandler(console=console, show_path=False, markup=False, log_time_format="%H:%M:%S")
+        handler.addFilter(lambda record: not getattr(record, _SHOWN, False))
+        root.addHandler(handler)
     if logs is not None:
         file = logging.FileHandler(logs / f"rank-{rank:05d}.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -41,6 +43,12 @@ def setup_logging(rank: int, logs: Path | None = None) -> None:
         root.addHandler(logging.NullHandler())
     for noisy in ("matplotlib", "PIL", "httpx", "torch.distributed.fsdp", "torch.distributed.checkpoint"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def show(text: str) -> None:
+    """Print lines on the console as they are, and keep them in this rank's log file. For rank 0."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True, end="")
+    log.info("%s", f"\n{text}".rstrip(), extra={_SHOWN: True})
 
 
 def human_bytes(count: float) -> str:

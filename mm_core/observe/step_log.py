@@ -24,7 +24,8 @@ class StepLog(BaseCallback):
 
     def __init__(self, global_batch_size: int, stream: TextIO | None = None) -> None:
         self._batch = global_batch_size
-        wanted = read("TORCHELASTIC_RUN_ID") is not None and not sys.stdout.isatty()
+        by_torchrun = read("TORCHELASTIC_RUN_ID") is not None and read("MM_JOB") is None
+        wanted = by_torchrun and not sys.stdout.isatty()
         self._stream = stream if stream is not None else sys.stdout if wanted else None
         self._seconds: list[float] = []  # of the steps since the last line
 

@@ -27,6 +27,6 @@ __getattr__, __dir__ = lazy_exports(
         "build_device_mesh": "mm_core.sharding.mesh",
         "build_plan": "mm_core.sharding.build",
         "build_plans": "mm_core.sharding.build",
-        "observe_plan": "mm_core.sharding.apply",
+        "observe_plan": "mm_core.sharding.observe",
     },
 )

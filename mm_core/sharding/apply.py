@@ -1,19 +1,14 @@
-"""From a checked plan to a sharded module: recompute, FSDP2 from the inside out, prefetch.
-
-And back: which plan a module shows.
-"""
+"""From a checked plan to a sharded module: experts, activations, FSDP2 from the inside out, prefetch."""
 
 from __future__ import annotations
 
 import inspect
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -22,20 +17,14 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from mm_core.accelerator import Accelerator
 from mm_core.sharding.activations import wrap_activations
-from mm_core.sharding.plan import (
-    ParameterInfo,
-    ShardingError,
-    ShardingPlan,
-    Unit,
-    bare_name,
-    describe_parameter,
-    is_inside,
-)
+from mm_core.sharding.experts import distribute_experts, expert_settings
+from mm_core.sharding.ignored import compute_in_own_dtype
+from mm_core.sharding.participation import every_rank_takes_part
+from mm_core.sharding.plan import ALIGNED, ShardingError, ShardingPlan, Unit, bare_name
 from mm_core.sharding.prefetch import set_prefetch
 
 
@@ -49,24 +38,45 @@ def apply_plan(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> None:
     Args:
         root: the module that the plan was built from, untouched since.
         mesh: 1-D (`dp_shard`) or 2-D (`dp_replicate`, `dp_shard`).
+
+    Raises:
+        ShardingError: the experts cannot be distributed over these ranks, or a parameter has no dimension to cut.
     """
     # An in-place operation on such an output would lose its gradient. Nothing of ours does one, and every
     # model's gradients are tested against the unsharded model; the line would greet every user of a final
     # Linear.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     modules = dict(root.named_modules())  # names are resolved once, before any module is wrapped
+    expert_mesh = distribute_experts(root, plan, mesh)
     wrap_activations(modules, plan)
+    compute_in_own_dtype(modules, plan)
+    _cast_inputs(root, plan)
     if not needs_sharding(root, plan, mesh):
-        _cast_inputs(root, plan)
         return
     settings = fsdp_settings(root, plan, mesh)
-    gathered = {unit.path for unit in plan.units if unit.keep_gathered}
-    for path in sorted((unit.path for unit in plan.units), key=lambda path: -path.count(".")):
-        own = {**settings, "reshard_after_forward": False} if path in gathered else settings
-        fully_shard(modules[path], **own)
+    _refuse_numbers(plan)
+    for unit in _inside_out(plan):
+        own = settings
+        if unit.path in plan.experts and expert_mesh is not None:
+            own = expert_settings(settings, plan, modules[unit.path], expert_mesh)
+        if unit.keep_gathered or unit.path == ALIGNED:
+            own = {**own, "reshard_after_forward": False}
+        fully_shard(
+            [modules[path] for path in plan.aligned] if unit.path == ALIGNED else modules[unit.path], **own
+        )
     _shard_root(root, plan, settings)
+    _only_sums(root)
     root._mm_offload_to_cpu = plan.offload_to_cpu  # where materialize() puts the parameters
-    set_prefetch(root, [modules[unit.path] for unit in plan.units], plan)
+    set_prefetch(unit_modules(root, modules, plan), plan)
+    every_rank_takes_part(root, plan)
+
+
+def unit_modules(root: nn.Module, modules: dict[str, nn.Module], plan: ShardingPlan) -> dict[str, nn.Module]:
+    """The module of each unit, by the unit's path; any module of a group stands for all of them."""
+    found = {
+        unit.path: modules[plan.aligned[0] if unit.path == ALIGNED else unit.path] for unit in plan.units
+    }
+    return {"": root, **found}
 
 
 def needs_sharding(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> bool:
@@ -100,51 +110,29 @@ def fsdp_settings(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> dict
     }
 
 
-def observe_plan(root: nn.Module, plan: ShardingPlan) -> ShardingPlan:
-    """The plan that a sharded module shows, however it came about; checked as a plan is.
+def _inside_out(plan: ShardingPlan) -> list[Unit]:
+    """Units in the order in which modules are sharded: what is inside others goes first."""
+    return sorted(plan.units, key=lambda unit: (unit.path != ALIGNED, -unit.path.count(".")))
 
-    Args:
-        root: a module after `fully_shard`.
-        plan: what was intended; settings that cannot be seen are taken from it.
 
-    Raises:
-        ShardingError: the root is not sharded, or a parameter is outside every unit.
-    """
-    if not isinstance(root, FSDPModule):
-        raise ShardingError(
-            f'"{plan.full_path("")}" says that it sharded itself, but its root is no FSDP module.'
-        )
-    modules = [(bare_name(name), module) for name, module in root.named_modules()]
-    units = list(dict.fromkeys(name for name, module in modules if name and isinstance(module, FSDPModule)))
-    recompute = tuple(
-        dict.fromkeys(name for name, module in modules if isinstance(module, CheckpointWrapper))
-    )
-    owned: dict[str, list[ParameterInfo]] = {path: [] for path in ["", *units]}
-    deepest_first = sorted(units, key=lambda path: -path.count("."))
-    for name, parameter in root.named_parameters():
-        bare = bare_name(name)
-        if isinstance(parameter, DTensor):
-            owner = next((path for path in deepest_first if is_inside(bare, path)), "")
-            owned[owner].append(describe_parameter(bare, parameter))
-        elif bare not in plan.ignored_parameters:
+def _refuse_numbers(plan: ShardingPlan) -> None:
+    for parameter in (p for unit in (*plan.units, plan.root) for p in unit.parameters):
+        if not parameter.shape:
             raise ShardingError(
-                f"{plan.full_path(bare)} is in no FSDP unit and not under ignored_modules; "
-                "every rank would train its own copy."
+                f"{plan.full_path(parameter.name)} is a single number without a dimension, which FSDP2 cannot cut; "
+                "give it the shape [1], or freeze it and name its module under ignored_modules."
             )
-    order = {unit.path: i for i, unit in enumerate(plan.units)}
-    if set(units) <= set(order):
-        units.sort(key=order.__getitem__)
-    gathered = {unit.path for unit in plan.units if unit.keep_gathered}
-    return replace(
-        plan,
-        units=tuple(Unit(path, tuple(owned[path]), path in gathered) for path in units),
-        root=Unit("", tuple(owned[""])),
-        recompute=recompute if set(recompute) != set(plan.recompute) else plan.recompute,
-    )
+
+
+def _only_sums(root: nn.Module) -> None:
+    """Reduce gradients by sums and divide them in a step of its own, on devices that know no other reduction."""
+    if Accelerator.current().forces_sum_reduction:
+        for module in root.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
 
 
 def _shard_root(root: nn.Module, plan: ShardingPlan, settings: dict[str, Any]) -> None:
-    _cast_inputs(root, plan)
     mp_policy = MixedPrecisionPolicy(
         param_dtype=plan.param_dtype,
         reduce_dtype=plan.reduce_dtype,

@@ -5,17 +5,19 @@ Nothing is changed in the model, which may be on the meta device.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 
 from mm_core.accelerator import parse_dtype
-from mm_core.sharding.patterns import ModulePaths, apply_aliases, blaming, split_pattern
+from mm_core.config.fsdp2 import PATTERN_FIELDS, Fsdp2Config
+from mm_core.sharding.fitness import check_modules, unit_left_empty, units_of_a_tie
+from mm_core.sharding.patterns import ModulePaths, Problems
 from mm_core.sharding.plan import (
+    ALIGNED,
     ParameterInfo,
     ShardingError,
     ShardingPlan,
@@ -24,12 +26,22 @@ from mm_core.sharding.plan import (
     is_inside,
 )
 from mm_core.sharding.policy import ShardingPolicy
+from mm_core.sharding.resolve import COMPOSITE, Chosen, Resolver, relative_to
 
-if TYPE_CHECKING:
-    from mm_core.config.fsdp2 import Fsdp2Config
-
-_COMPOSITE = ("predictor", "low_noise_predictor", "ae", "text_encoder", "diffusion", "i2v_processor")
-_PATTERN_FIELDS = ("sub_modules_to_wrap", "recompute_modules", "ignored_modules")
+_SETTINGS = {
+    "reshard_after_forward": "reshard_after_forward",
+    "param_dtype": "param_dtype",
+    "reduce_dtype": "reduce_dtype",
+    "output_dtype": "output_dtype",
+    "cast_forward_inputs": "cast_forward_inputs",
+    "offload_to_cpu": "offload_to_cpu",
+    "pin_memory": "pin_memory",
+    "use_reentrant": "use_reentrant",
+    "num_to_forward_prefetch": "forward_prefetch",
+    "num_to_backward_prefetch": "backward_prefetch",
+    "reshard_local_experts": "reshard_local_experts",
+}
+"""Key of fsdp2.yaml -> field of the plan. A policy names its field as fsdp2.yaml does, if it has one."""
 
 
 def build_plan(
@@ -38,7 +50,8 @@ def build_plan(
     fsdp2: Fsdp2Config,
     prefix: str = "predictor",
     *,
-    neighbours: Collection[str] = _COMPOSITE,
+    neighbours: Collection[str] = COMPOSITE,
+    composite: ModulePaths | None = None,
 ) -> ShardingPlan:
     """Resolve a policy and fsdp2.yaml on the bare module tree of one FSDP root, and check the result.
 
@@ -51,67 +64,62 @@ def build_plan(
         policy: what its author registered.
         prefix: the component's path in the composite; `""` if it is the whole model.
         neighbours: names that patterns may begin with besides the prefix.
+        composite: module tree of the whole model; the names of classes that only other parts have are passed
+            over too.
 
     Raises:
         ShardingError, PatternError: a pattern matches nothing, two patterns claim a module, a unit cannot be
             one. `field` and `pattern` say which line of fsdp2.yaml is to blame, if one is.
+        CombinedPlanError: several of these.
     """
-    paths = ModulePaths(name for name, _ in root.named_modules())
+    problems = Problems()
     modules = dict(root.named_modules())
-    written = {name: _written(fsdp2, name, prefix, neighbours) for name in _PATTERN_FIELDS}
-    from_policy = {
-        "sub_modules_to_wrap": policy.units,
-        "recompute_modules": policy.recompute,
-        "ignored_modules": policy.ignored,
-    }
-    sources: dict[str, str] = {}
-    resolved: dict[str, list[str]] = {}
-    authors: dict[str, dict[str, str]] = {name: {} for name in _PATTERN_FIELDS}
-    for name in _PATTERN_FIELDS:
-        patterns = written[name]
-        if patterns is not None:
-            sources[name] = "fsdp2.yaml"
-            authors[name] = _resolve_written(paths, patterns, policy, name, prefix)
-            resolved[name] = list(authors[name])
-        elif name == "sub_modules_to_wrap" and not policy.units:
-            sources[name] = "structure"
-            resolved[name] = blocks_by_structure(root)
-        else:
-            sources[name] = "policy"
-            resolved[name] = _resolve(paths, from_policy[name], f"policy of {prefix or 'the model'}", prefix)
+    find = Resolver(ModulePaths.of(modules), policy, fsdp2, prefix, neighbours, problems, composite)
+    experts_over = fsdp2.expert_parallel_size or 1
+    fields = [name for name in PATTERN_FIELDS if name != "moe_modules" or experts_over > 1]
+    chosen = {name: find.choose(name) for name in fields}
+    known, gathered = find.of_policy("units"), find.of_policy("keep_gathered")
+    values, sources = _settings(policy, fsdp2)
+    aligned = find.of_policy("aligned") if values.pop("align_fsdp_param_groups") else ()
+    problems.raise_any()
 
-    units = [path for path in resolved["sub_modules_to_wrap"] if path]
-    recompute, ignored = resolved["recompute_modules"], resolved["ignored_modules"]
-    gathered = _resolve(
-        paths, policy.keep_gathered, f"policy of {prefix or 'the model'}, keep_gathered", prefix
-    )
+    units = chosen["sub_modules_to_wrap"]
+    if units.source == "policy" and not policy.units:
+        units = Chosen("structure", tuple(blocks_by_structure(root)))
+    experts = chosen["moe_modules"].paths if experts_over > 1 else ()
+    own = [path for path in units.paths if path and path not in experts]
+    ordered = _with_experts(_forward_order(own, known, modules), experts, list(modules))
+    sources |= {
+        name: choice.source if choice.paths or choice.source != "policy" else "default"
+        for name, choice in chosen.items()
+    }
+    sources["sub_modules_to_wrap"] = units.source
     # Parameters are dealt out last, when the modules are known to be fit.
     plan = ShardingPlan(
         prefix=prefix,
         units=(),
         root=Unit("", ()),
-        recompute=tuple(recompute),
-        ignored=tuple(ignored),
+        offload_activations=chosen["offload_activations"].paths,
+        experts=experts,
+        aligned=aligned,
+        ignored=chosen["ignored_modules"].paths,
         fp32_inputs=policy.fp32_inputs,
         sources=sources,
-        reshard_after_forward=fsdp2.reshard_after_forward,
-        param_dtype=_dtype(fsdp2.param_dtype),
-        reduce_dtype=_dtype(fsdp2.reduce_dtype),
-        output_dtype=_dtype(fsdp2.output_dtype),
-        cast_forward_inputs=fsdp2.cast_forward_inputs,
-        offload_to_cpu=fsdp2.offload_to_cpu,
-        pin_memory=fsdp2.pin_memory,
-        use_reentrant=fsdp2.use_reentrant,
-        forward_prefetch=fsdp2.num_to_forward_prefetch,
-        backward_prefetch=fsdp2.num_to_backward_prefetch,
+        expert_parallel_size=experts_over,
+        **values,
     )
-    _check_modules(plan, modules, units, authors)
-    unsharded = [path for path in gathered if path not in units]
-    if unsharded and sources["sub_modules_to_wrap"] == "policy":
-        raise ShardingError(
-            f"policy of {prefix or 'the model'}, keep_gathered: {unsharded[0]} is not among its units."
-        )
-    ordered = _forward_order(units, _policy_order(paths, policy), modules)
+    with problems.of():
+        plan = _with_recompute(plan, policy, fsdp2, chosen["recompute_modules"], own)
+    authors = {name: choice.authors for name, choice in chosen.items()}
+    check_modules(plan, modules, own, authors, problems)
+    _check_settings(plan, fsdp2, problems)
+    unsharded = [path for path in gathered if path not in ordered]
+    if unsharded and units.source == "policy":
+        with problems.of():
+            raise ShardingError(
+                f"policy of {prefix or 'the model'}, keep_gathered: {unsharded[0]} is not among its units."
+            )
+    problems.raise_any()
     return _with_parameters(plan, root, ordered, set(gathered), authors["sub_modules_to_wrap"])
 
 
@@ -129,195 +137,156 @@ def build_plans(
         policies: path -> policy.
 
     Raises:
-        ShardingError, PatternError: as `build_plan`; also for a pattern that names a part that is not
-            trained, or not there.
+        ShardingError, PatternError, CombinedPlanError: as `build_plan`; also for a pattern that names a part that is
+            not trained, or not there.
     """
     children = [name for name, _ in composite.named_children()]
+    tree = ModulePaths.of(dict(composite.named_modules()))
     plans = {}
+    problems = Problems()
     for prefix, root in roots.items():
-        plans[prefix] = build_plan(root, policies[prefix], fsdp2, prefix, neighbours=children)
-    if "" in roots:
-        return plans
-    paths = ModulePaths(name for name, _ in composite.named_modules())
-    for name in _PATTERN_FIELDS:
+        with problems.of():
+            plans[prefix] = build_plan(
+                root, policies[prefix], fsdp2, prefix, neighbours=children, composite=tree
+            )
+    for name in PATTERN_FIELDS if "" not in roots else ():
         for pattern in getattr(fsdp2, name) or ():
-            if any(_relative(pattern, prefix) is not None for prefix in roots):
-                continue
-            with blaming(name, pattern):
-                paths.match(pattern, where=name)
+            with problems.of(name, pattern):
+                if not _is_elsewhere(pattern, roots, tree):
+                    continue
+                tree.match(pattern, where=name)
                 if name != "ignored_modules":
                     raise ShardingError(
                         f'{name}: "{pattern}" names a part that is not trained and therefore not sharded; '
                         f"only modules of {', '.join(roots)} can stand here."
                     )
+    problems.raise_any()
     return plans
 
 
 def blocks_by_structure(root: nn.Module) -> list[str]:
-    """Paths of the members of every outermost `ModuleList` that holds at least two modules of one class."""
+    """Paths of the members of every outermost `ModuleList` that holds at least two modules of one class; a module
+    that stands there twice, once.
+    """
     found: list[str] = []
+    first = {id(module): path for path, module in root.named_modules()}
     for path, module in root.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path and is_inside(path, block) for block in found):
             continue
         if len(module) >= 2 and len({type(child) for child in module}) == 1:
+            blocks = {f"{path}.{i}" if path else str(i): child for i, child in enumerate(module)}
             found += [
-                f"{path}.{i}" if path else str(i)
-                for i, child in enumerate(module)
-                if any(True for _ in child.parameters())
+                name
+                for name, child in blocks.items()
+                if first[id(child)] == name and any(True for _ in child.parameters())
             ]
     return found
 
 
-def _written(
-    fsdp2: Fsdp2Config, name: str, prefix: str, neighbours: Collection[str]
-) -> dict[str, str] | None:
-    """A field's patterns for this root, as written -> without the prefix; `None` if the file says nothing
-    about it.
-    """
-    value: Sequence[str] | None = getattr(fsdp2, name)
-    if value is None or name not in fsdp2.model_fields_set:
-        return None
-    if not value:
-        return {}
-    own: dict[str, str] = {}
-    for pattern in value:
-        with blaming(name, pattern):
-            relative = _relative(pattern, prefix)
-            if relative is not None:
-                if pattern in own:
-                    raise ShardingError(f'{name}: "{pattern}" stands there twice; keep one of them.')
-                own[pattern] = relative
-                continue
-            first = split_pattern(pattern, f'{name}: "{pattern}"')[0]
-            if first not in neighbours:
-                raise _unknown_part(name, pattern, first, prefix, neighbours)
-    # A list that names only other parts (ignored_modules: [ae, text_encoder]) says nothing about this one.
-    return own or None
+def _is_elsewhere(pattern: str, roots: Collection[str], tree: ModulePaths) -> bool:
+    """Whether a pattern is for a part that no plan is made of; one that names nothing is found by every plan."""
+    if pattern.strip().partition(".")[0] in tree.children(""):
+        return all(relative_to(pattern, prefix) is None for prefix in roots)
+    if not tree.has_class(pattern):
+        return False
+    return not any(is_inside(path, prefix) for path in tree.match(pattern) for prefix in roots)
 
 
-def _unknown_part(name: str, pattern: str, first: str, prefix: str, known: Iterable[str]) -> ShardingError:
-    parts = sorted({part for part in (prefix, *known) if part})
-    if first in _COMPOSITE:
-        why = (
-            f'this model has no "{first}" (its section is absent, or it was not built); take the pattern out'
-        )
-    else:
-        near = difflib.get_close_matches(first, parts, n=1, cutoff=0.6)
-        better = ".".join([near[0], *pattern.split(".")[1:]]) if near else f"{prefix}.{pattern}"
-        why = f'the model has no "{first}", only {", ".join(parts)}'
-        return ShardingError(f'{name}: "{pattern}" matches no module: {why}.', f"Closest: {better}.")
-    return ShardingError(f'{name}: "{pattern}" matches no module: {why}.')
+def _settings(policy: ShardingPolicy, fsdp2: Fsdp2Config) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values of a plan's fields, and where each came from by the key of fsdp2.yaml."""
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for key, field in {**_SETTINGS, "align_fsdp_param_groups": "align_fsdp_param_groups"}.items():
+        value, source = _setting(policy, fsdp2, key)
+        values[field] = _dtype(value) if key.endswith("_dtype") else value
+        sources[key] = source
+    sources["expert_parallel_size"] = _setting(policy, fsdp2, "expert_parallel_size")[1]
+    sources["sharding_size"] = _setting(policy, fsdp2, "sharding_size")[1]
+    return values, sources
 
 
-def _relative(pattern: str, prefix: str) -> str | None:
-    """The pattern without the prefix; `None` if it names another part."""
-    pattern = pattern.strip()
-    if not prefix:
-        return pattern
-    if pattern == prefix:
-        return ""
-    return pattern[len(prefix) + 1 :] if pattern.startswith(prefix + ".") else None
+def _setting(policy: ShardingPolicy, fsdp2: Fsdp2Config, key: str) -> tuple[Any, str]:
+    if (source := fsdp2.source(key)) is not None:
+        return getattr(fsdp2, key), source
+    value = getattr(policy, key, None)
+    return (value, "policy") if value is not None else (getattr(fsdp2, key), "default")
 
 
-def _resolve_written(
-    paths: ModulePaths, patterns: Mapping[str, str], policy: ShardingPolicy, name: str, prefix: str
-) -> dict[str, str]:
-    """Match a field's patterns, given as written -> relative; module path -> the pattern as written."""
-    authors: dict[str, str] = {}
-    for written, relative in patterns.items():
-        with blaming(name, written):
-            pattern = apply_aliases(relative, policy.aliases, paths) if relative else relative
-            for path in _match(paths, pattern, name, prefix):
-                _claim(authors, path, written, name, prefix)
-    return authors
-
-
-def _resolve(paths: ModulePaths, patterns: Iterable[str], where: str, prefix: str) -> list[str]:
-    """Match a policy's patterns; a module that two of them claim is an error."""
-    owner: dict[str, str] = {}
-    for pattern in patterns:
-        for path in _match(paths, pattern, where, prefix):
-            _claim(owner, path, pattern, where, prefix)
-    return list(owner)
-
-
-def _match(paths: ModulePaths, pattern: str, where: str, prefix: str) -> list[str]:
-    return paths.match(pattern, where=where, prefix=prefix) if pattern else [""]
-
-
-def _claim(owner: dict[str, str], path: str, pattern: str, where: str, prefix: str) -> None:
-    if path in owner:
-        shown = f"{prefix}.{path}" if prefix and path else prefix or path
-        raise ShardingError(
-            f'{where}: "{shown}" is claimed twice, by "{owner[path]}" and by "{pattern}"; keep one of them.'
-        )
-    owner[path] = pattern
-
-
-def _check_modules(
-    plan: ShardingPlan,
-    modules: Mapping[str, nn.Module],
-    units: Sequence[str],
-    authors: Mapping[str, Mapping[str, str]],
-) -> None:
-    """Check each chosen module by itself.
+def _with_recompute(
+    plan: ShardingPlan, policy: ShardingPolicy, fsdp2: Fsdp2Config, chosen: Chosen, units: Sequence[str]
+) -> ShardingPlan:
+    """Say what is recomputed, and how.
 
     Args:
-        authors: field of fsdp2.yaml -> module path -> the pattern that names it there.
+        chosen: the modules that `recompute_modules`, or the policy, names.
+        units: in forward order.
     """
-    chosen = {
-        "sub_modules_to_wrap": units,
-        "recompute_modules": plan.recompute,
-        "ignored_modules": plan.ignored,
+    granularity, granularity_source = _setting(policy, fsdp2, "recompute_granularity")
+    number, number_source = _setting(policy, fsdp2, "recompute_num_layers")
+    paths, source = list(chosen.paths), chosen.source
+    if source == "policy" and not paths:
+        source = "default"
+        if granularity is not None:
+            source = "units"
+            paths = [path for path in units if not any(u != path and is_inside(path, u) for u in units)]
+    if number is not None:
+        paths = paths[:number]
+    sources = {
+        **plan.sources,
+        "recompute_modules": source,
+        "recompute_granularity": granularity_source,
+        "recompute_num_layers": number_source,
     }
-    for name, paths in chosen.items():
-        for path in paths:
-            with blaming(name, authors[name].get(path)):
-                _check_module(plan, modules, name, path)
+    return replace(plan, recompute=tuple(paths), recompute_granularity=granularity or "full", sources=sources)
 
 
-def _check_module(plan: ShardingPlan, modules: Mapping[str, nn.Module], name: str, path: str) -> None:
-    module, shown = modules[path], plan.full_path(path)
-    if name == "ignored_modules":
-        trained = next((n for n, p in module.named_parameters() if p.requires_grad), None)
-        if trained is not None:
+def _check_settings(plan: ShardingPlan, fsdp2: Fsdp2Config, problems: Problems) -> None:
+    """Check settings against each other and against what was found."""
+    name = plan.full_path("")
+    with problems.of("use_reentrant"):
+        if plan.recompute and plan.use_reentrant and plan.recompute_granularity == "selective":
             raise ShardingError(
-                f'{name}: "{shown}" has trained parameters ({trained}), whose gradients would differ '
-                "between ranks; freeze it, or take it out of the list."
+                "use_reentrant: true cannot recompute selectively, since the older form of recomputation keeps nothing but "
+                "the inputs; write use_reentrant: false or recompute_granularity: full."
             )
-        return
-    if not path:
-        raise ShardingError(f'{name}: "{shown}" is the whole model; name modules inside it.')
-    if type(module).forward is nn.Module.forward or isinstance(module, nn.ModuleList | nn.ModuleDict):
-        raise ShardingError(
-            f'{name}: "{shown}" is a {type(module).__name__}, which is never called itself; '
-            f'write "{shown}.{{*}}".'
-        )
-    outside = next((other for other in plan.ignored if is_inside(path, other)), None)
-    if outside is not None:
-        raise ShardingError(
-            f'{name}: "{shown}" lies in "{plan.full_path(outside)}", which ignored_modules leaves out.'
-        )
-    if name == "sub_modules_to_wrap":
-        if not any(True for _ in module.parameters()):
-            raise ShardingError(f'{name}: "{shown}" has no parameters to shard.')
-        return
-    outer = next((o for o in plan.recompute if o != path and is_inside(path, o)), None)
-    if outer is not None:
-        raise ShardingError(
-            f'{name}: "{shown}" lies in "{plan.full_path(outer)}", which is recomputed as a whole; '
-            "keep one of them."
-        )
-
-
-def _policy_order(paths: ModulePaths, policy: ShardingPolicy) -> list[str]:
-    return _resolve(paths, policy.units, "policy", "") if policy.units else []
+    with problems.of("recompute_num_layers"):
+        if fsdp2.recompute_num_layers is not None and not plan.recompute and not fsdp2.recompute_modules:
+            raise ShardingError(
+                f"recompute_num_layers: {fsdp2.recompute_num_layers} has nothing to count, since no module of {name} is "
+                "recomputed; name some in recompute_modules, or write recompute_granularity: full."
+            )
+    with problems.of("expert_parallel_size"):
+        if plan.expert_parallel_size > 1 and not plan.experts and not fsdp2.moe_modules:
+            raise ShardingError(
+                f"expert_parallel_size: {plan.expert_parallel_size} has nothing to distribute, since neither moe_modules "
+                f"nor the sharding policy names modules of {name} that hold experts; name them in moe_modules, or write 1."
+            )
+    with problems.of("align_fsdp_param_groups"):
+        if fsdp2.align_fsdp_param_groups and not plan.aligned:
+            raise ShardingError(
+                f"align_fsdp_param_groups: the sharding policy of {name} names no norms or gates to put in a group; write "
+                "false."
+            )
 
 
 def _forward_order(units: Sequence[str], known: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
     """The policy's order if it knows all of the units, else the order in which modules were registered."""
     rank = {path: i for i, path in enumerate(known if set(units) <= set(known) else modules)}
     return sorted(units, key=rank.__getitem__)
+
+
+def _with_experts(units: Sequence[str], experts: Sequence[str], registered: Sequence[str]) -> list[str]:
+    """Units in forward order, with each module of experts after the units that run before it: the one around it,
+    and those in the same one that were registered earlier.
+    """
+    rank = {path: i for i, path in enumerate(registered)}
+    ordered = list(units)
+    for expert in sorted(experts, key=rank.__getitem__):
+        around = [path for path in ordered if is_inside(expert, path)]
+        outer = max(around, key=len, default="")
+        before = [u for u in ordered if u == outer or (is_inside(u, outer) and rank[u] < rank[expert])]
+        ordered.insert(ordered.index(before[-1]) + 1 if before else 0, expert)
+    return ordered
 
 
 def _with_parameters(
@@ -327,39 +296,57 @@ def _with_parameters(
     gathered: set[str],
     authors: Mapping[str, str],
 ) -> ShardingPlan:
-    """Give each parameter to the innermost unit around it.
+    """Give each parameter to the aligned group, or to the innermost unit around it. Units that are one layer each and
+    share a tensor (the embedding and the head) are none: the root holds them.
 
     Args:
+        units: in forward order, the experts among them.
+        gathered: those that stay gathered.
         authors: unit -> the pattern of `sub_modules_to_wrap` that names it in fsdp2.yaml.
     """
-    owned: dict[str, list[ParameterInfo]] = {path: [] for path in ["", *units]}
+    owned: dict[str, list[ParameterInfo]] = {path: [] for path in ["", ALIGNED, *units]}
     ignored: list[str] = []
-    first_owner: dict[int, tuple[str, str]] = {}
+    homes: dict[int, dict[str, str]] = {}  # parameter -> the unit around it by each of its names
+    parameters: dict[str, nn.Parameter] = {}
     deepest_first = sorted(units, key=lambda path: -path.count("."))
+    problems = Problems()
+    modules = dict(root.named_modules())  # one that stands in several places, by its first
     for name, parameter in root.named_parameters(remove_duplicate=False):
+        if name.rpartition(".")[0] not in modules:
+            continue
         if any(is_inside(name, path) for path in plan.ignored):
             ignored.append(name)
             continue
         owner = next((path for path in deepest_first if is_inside(name, path)), "")
-        seen = first_owner.setdefault(id(parameter), (owner, name))
-        if seen[0] != owner:
-            with blaming("sub_modules_to_wrap", authors.get(owner) or authors.get(seen[0])):
-                raise ShardingError(
-                    f"{plan.full_path(name)} is the same tensor as {plan.full_path(seen[1])}, but the units "
-                    f'"{plan.full_path(owner)}" and "{plan.full_path(seen[0])}" would gather it apart; '
-                    "let one unit hold both."
-                )
-        if seen[1] == name:
-            owned[owner].append(describe_parameter(name, parameter))
-    empty = next((path for path in units if not owned[path]), None)
-    if empty is not None:
-        with blaming("sub_modules_to_wrap", authors.get(empty)):
-            raise ShardingError(
-                f'sub_modules_to_wrap: all parameters of "{plan.full_path(empty)}" belong to units '
-                "inside it; take one level out."
-            )
-    made = tuple(Unit(path, tuple(owned[path]), path in gathered) for path in units)
-    return replace(plan, units=made, root=Unit("", tuple(owned[""])), ignored_parameters=tuple(ignored))
+        if any(is_inside(name, path) for path in plan.aligned):
+            owner = ALIGNED
+        homes.setdefault(id(parameter), {})[name] = owner
+        parameters[name] = parameter
+    dissolved: set[str] = set()
+    for names in homes.values():
+        if len(set(names.values())) > 1:
+            author = next((authors[owner] for owner in names.values() if owner in authors), None)
+            with problems.of("sub_modules_to_wrap" if author else None, author):
+                dissolved |= units_of_a_tie(plan, units, names)
+    for names in homes.values():
+        name, owner = next(iter(names.items()))
+        owned["" if owner in dissolved else owner].append(describe_parameter(name, parameters[name]))
+    left = [path for path in units if path not in dissolved]
+    for path in left:
+        if not owned[path]:
+            author = authors.get(path)
+            with problems.of("sub_modules_to_wrap" if author else None, author):
+                lost = bool(owned[ALIGNED]) and any(is_inside(a, path) for a in plan.aligned)
+                raise unit_left_empty(plan, path, lost)
+    problems.raise_any()
+    made = [Unit(path, tuple(owned[path]), path in gathered) for path in left]
+    if owned[ALIGNED]:
+        # The first unit around one of its modules begins before it.
+        place = next((i + 1 for i, p in enumerate(left) if any(is_inside(a, p) for a in plan.aligned)), 0)
+        made.insert(place, Unit(ALIGNED, tuple(owned[ALIGNED]), keep_gathered=True))
+    return replace(
+        plan, units=tuple(made), root=Unit("", tuple(owned[""])), ignored_parameters=tuple(ignored)
+    )
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -12,9 +12,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
-from mm_core.sharding.apply import apply_plan, fsdp_settings, needs_sharding, observe_plan
+from mm_core.config.fsdp2 import PATTERN_FIELDS
+from mm_core.sharding.apply import apply_plan, fsdp_settings, needs_sharding
 from mm_core.sharding.build import build_plans
 from mm_core.sharding.mesh import build_device_mesh
+from mm_core.sharding.observe import differences, observe_plan, shard_sizes
 from mm_core.sharding.plan import ShardingError, ShardingPlan
 from mm_core.sharding.policy import ShardingPolicy
 
@@ -109,12 +111,21 @@ class FSDP2Mixin:
             apply_plan(root, plan, mesh)
 
     def _post_fully_shard(self) -> None:
-        """Read back what was done, and check it."""
+        """Read back what was done, and check it; a warning names the keys of fsdp2.yaml that were not followed."""
         model = _module(self)
         for path, plan in self.sharding_plans.items():
             root = model.get_submodule(path)
             if isinstance(root, FSDPModule) or needs_sharding(root, plan, self.device_mesh):
-                self.sharding_plans[path] = observe_plan(root, plan)
+                seen = self.sharding_plans[path] = observe_plan(root, plan)
+                found = differences(plan, seen)
+                ranks, sizes = self.device_mesh.size(-1), shard_sizes(root, plan)
+                if sizes - {ranks}:
+                    shown = ", ".join(map(str, sorted(sizes)))
+                    found["sharding_size"] = f"{ranks} was asked for, {shown} is there"
+                for key, difference in found.items():
+                    if plan.sources.get(key) == "fsdp2.yaml":
+                        shown = plan.full_path("")
+                        log.warning("%s did not follow %s of fsdp2.yaml: %s.", shown, key, difference)
 
 
 def load_fsdp2_config(source: str | Path | Fsdp2Config | None) -> Fsdp2Config:
@@ -179,7 +190,7 @@ def _group_of(mesh: DeviceMesh) -> dist.ProcessGroup:
 def _relative_to(prefix: str, config: Fsdp2Config) -> Fsdp2Config:
     """The configuration as a part of the model sees it: its own patterns only, without the prefix."""
     changes: dict[str, Any] = {}
-    for name in ("sub_modules_to_wrap", "recompute_modules", "ignored_modules"):
+    for name in PATTERN_FIELDS:
         value = getattr(config, name)
         if value:
             own = tuple(p[len(prefix) + 1 :] for p in value if p.startswith(prefix + "."))

@@ -5,7 +5,11 @@ A pattern is a dotted path. Braces stand for several children of one module:
 - `blocks.{*}`: every child of `blocks`;
 - `blocks.{0-20,25,30-40}`: numbered children; ranges include both ends;
 - `towers.{text,vision}.layers.{*}`: named children (of a `ModuleDict`, say); any number of braces;
-- `layer_{0-3}`: braces may be part of a name.
+- `layer_{0-3}`: braces may be part of a name;
+- `blocks.*.attn?`: outside braces `*` stands for any characters within one name, and `?` for one, as long as reading
+  them across dots would name the same modules.
+
+The name of a class, `package.module.ClassName` or `ClassName`, stands for all modules of exactly that class.
 
 Every item must match: a pattern is written by someone who believes that the modules exist.
 """
@@ -13,16 +17,21 @@ Every item must match: a pattern is written by someone who believes that the mod
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+from mm_core.config.patterns import (
+    ANY,
+    ONE,
+    STAR,
+    PatternSyntaxError,
+    is_class_path,
+    names_of,
+    split_names,
+)
 from mm_registry.errors import UserError
-
-_PIECE = re.compile(r"\{([^{}]*)\}|([^{}]+)")
-_RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
-_ANY = "\0"  # stands for {*} inside an expanded name; no module name holds it
 
 
 class PlanError(UserError):
@@ -30,8 +39,8 @@ class PlanError(UserError):
 
     Attributes:
         problem, suggestion: the two parts of the message; the second may be empty.
-        field, pattern: of fsdp2.yaml, the pattern as it is written there, where one of its patterns is to
-            blame; else None.
+        field, pattern: of fsdp2.yaml, where a field of it is to blame, and the pattern as it is written there,
+            where it is one pattern; else None.
     """
 
     def __init__(self, problem: str, suggestion: str = "") -> None:
@@ -46,15 +55,58 @@ class PatternError(PlanError):
     """A pattern is malformed, or does not fit the model."""
 
 
+class CombinedPlanError(PlanError):
+    """Several of them, in `errors`."""
+
+    def __init__(self, errors: Iterable[PlanError]) -> None:
+        self.errors = tuple(errors)
+        super().__init__("\n".join(str(error) for error in self.errors))
+
+
 @contextmanager
-def blaming(field: str | None, pattern: str | None) -> Iterator[None]:
-    """Tell an error that leaves the block which pattern of fsdp2.yaml it is about, if it is about one."""
+def blaming(field: str | None, pattern: str | None = None) -> Iterator[None]:
+    """Tell an error that leaves the block which field and pattern of fsdp2.yaml it is about, if it is about one."""
     try:
         yield
     except PlanError as error:
-        if error.field is None and field is not None and pattern is not None:
+        if error.field is None and not isinstance(error, CombinedPlanError):
             error.field, error.pattern = field, pattern
         raise
+
+
+@dataclass
+class _Block:
+    found: bool = False
+
+
+class Problems:
+    """Collects errors, so that a user sees all of them at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[PlanError] = []
+
+    @contextmanager
+    def of(self, field: str | None = None, pattern: str | None = None) -> Iterator[_Block]:
+        """Keep an error that leaves the block, which is about this field and pattern of fsdp2.yaml.
+
+        Yields:
+            Whether there was one, in `found` after the block.
+        """
+        block = _Block()
+        try:
+            with blaming(field, pattern):
+                yield block
+        except PlanError as error:
+            block.found = True
+            self.errors += error.errors if isinstance(error, CombinedPlanError) else [error]
+
+    def raise_any(self) -> None:
+        """Raise what was collected: the error if there is one, or `CombinedPlanError`."""
+        unique = list({str(error): error for error in self.errors}.values())
+        if len(unique) == 1:
+            raise unique[0]
+        if unique:
+            raise CombinedPlanError(unique)
 
 
 class ModulePaths:
@@ -62,15 +114,23 @@ class ModulePaths:
 
     Args:
         paths: dotted paths in registration order, as `named_modules()` gives them.
+        classes: path -> full name of the module's class (`torch.nn.modules.linear.Linear`), for patterns that
+            name classes.
     """
 
-    def __init__(self, paths: Iterable[str]) -> None:
+    def __init__(self, paths: Iterable[str], classes: Mapping[str, str] | None = None) -> None:
         self._children: dict[str, list[str]] = {"": []}
+        self._classes = dict(classes or {})
         for path in paths:
             if path:
                 parent, _, name = path.rpartition(".")
                 self._children.setdefault(parent, []).append(name)
                 self._children.setdefault(path, [])
+
+    @classmethod
+    def of(cls, modules: Mapping[str, object]) -> ModulePaths:
+        """Those of a tree's modules by path, as `dict(root.named_modules())` gives them."""
+        return cls(modules, {path: class_name(type(module)) for path, module in modules.items()})
 
     def __contains__(self, path: str) -> bool:
         return path in self._children
@@ -80,21 +140,35 @@ class ModulePaths:
         return self._children[path]
 
     def match(self, pattern: str, *, where: str = "", prefix: str = "") -> list[str]:
-        """The paths that a pattern names: registration order for `{*}`, ascending for numbers, no path twice.
+        """The paths that a pattern names: registration order for `{*}`, `*` and classes, ascending for numbers, no
+        path twice.
 
         Args:
             where: what to call the pattern's place in messages, such as `sub_modules_to_wrap`.
             prefix: what users write before paths of this tree (`predictor`), for messages.
 
         Raises:
-            PatternError: malformed, or some part of it matches no module; the message has the closest paths.
+            PatternError: malformed, ambiguous, or some part of it matches no module; the message has the closest
+                paths.
         """
         label = f'{where}: "{_join(prefix, pattern)}"' if where else f'"{_join(prefix, pattern)}"'
+        parts = split_pattern(pattern, label)
+        of_class = self._instances(pattern, label) if is_class_path(pattern) else []
+        if of_class and parts[0] not in self._children[""]:
+            return of_class
         found = [""]
-        for component in split_pattern(pattern, label):
-            names = expand(component, label)
-            found = [path for base in found for path in self._step(base, names, label, prefix)]
-        return list(dict.fromkeys(found))
+        for i, part in enumerate(parts):
+            names, rest = expand(part, label), parts[i + 1 :]
+            found = [path for base in found for path in self._step(base, names, rest, label, prefix)]
+        found = list(dict.fromkeys(found))
+        if of_class and set(of_class) != set(found):
+            raise PatternError(
+                f"{label} is ambiguous: it is the path of a module, and the name of a class of others "
+                f"({_shown(of_class, prefix)}).",
+                f"Write the class in full: {self._classes[of_class[0]]}.",
+            )
+        self._check_readings(parts, found, label, prefix)
+        return found
 
     def has(self, pattern: str) -> bool:
         """Whether a well-formed pattern names something."""
@@ -103,111 +177,138 @@ class ModulePaths:
         except PatternError:
             return False
 
+    def has_class(self, pattern: str) -> bool:
+        """Whether a pattern is the name of a class of the tree, in full or without its module."""
+        return is_class_path(pattern) and any(_is_named(name, pattern) for name in self._classes.values())
+
     def closest(self, path: str, prefix: str = "", count: int = 3) -> list[str]:
         """Paths nearest to a wrong one, best first, each with the prefix."""
         near = difflib.get_close_matches(path, [p for p in self._children if p], n=count, cutoff=0.5)
         return [_join(prefix, p) for p in near]
 
-    def _step(self, base: str, names: Sequence[str], label: str, prefix: str) -> list[str]:
+    def closest_classes(self, name: str, count: int = 2) -> list[str]:
+        """Full names of classes of the tree whose own names are nearest to that of a wrong one."""
+        own = {full.rpartition(".")[2]: full for full in self._classes.values()}
+        return [own[n] for n in difflib.get_close_matches(name.rpartition(".")[2], own, n=count, cutoff=0.6)]
+
+    def _instances(self, pattern: str, label: str) -> list[str]:
+        """The modules of the class that a pattern names; none if there is no such class."""
+        pattern = pattern.strip()
+        found = [path for path, name in self._classes.items() if _is_named(name, pattern)]
+        classes = sorted({self._classes[path] for path in found})
+        if len(classes) > 1:
+            raise PatternError(
+                f"{label} is ambiguous: {len(classes)} classes of this model have that name.",
+                f"Write one of {', '.join(classes[:3])}.",
+            )
+        return found
+
+    def _step(
+        self, base: str, names: Sequence[str], rest: Sequence[str], label: str, prefix: str
+    ) -> list[str]:
         children = self._children[base]
         found: list[str] = []
         for name in names:
-            wanted = re.compile(".+".join(re.escape(part) for part in name.split(_ANY)))
+            wanted = _regex(name, any_character="[^.]")
             matching = [child for child in children if wanted.fullmatch(child)]
             if not matching:
-                raise self._no_match(base, name, label, prefix)
+                raise self._no_match(base, name, rest, label, prefix)
             found += [_join(base, child) for child in matching]
         return found
 
-    def _no_match(self, base: str, name: str, label: str, prefix: str) -> PatternError:
+    def _check_readings(self, parts: Sequence[str], found: Sequence[str], label: str, prefix: str) -> None:
+        """Refuse a `*` or `?` that names other modules when it is read across dots, as MindSpeed's newer stack does."""
+        expanded = [names_of(part) for part in parts]
+        if not any(STAR in name or ONE in name for names in expanded for name in names):
+            return
+        text = r"\.".join(
+            "(?:" + "|".join(_regex(name, any_character=".").pattern for name in names) + ")"
+            for names in expanded
+        )
+        across = [path for path in self._children if path and re.fullmatch(text, path)]
+        more = [path for path in across if path not in set(found)]
+        if more:
+            better = ".".join(re.sub(r"(?<!\{)\*(?!\})", "{*}", part) for part in parts)
+            raise PatternError(
+                f"{label} is ambiguous: within one name it means {_shown(found, prefix)}, and across dots "
+                f"{_shown(more, prefix)} as well.",
+                f"Write {_join(prefix, better)} for the first.",
+            )
+
+    def _no_match(self, base: str, name: str, rest: Sequence[str], label: str, prefix: str) -> PatternError:
         children = self._children[base]
-        shown = name.replace(_ANY, "{*}")
+        shown = _written(name)
         place = f'"{_join(prefix, base)}"' if _join(prefix, base) else "the model"
         if not children:
             return PatternError(f"{label} matches no module: {place} has no submodules.")
         # A wrong name deep in the tree is often a right one at another depth, so whole paths are compared as
         # well.
         near = difflib.get_close_matches(shown, children, n=2, cutoff=0.5)
-        suggestions = [_join(prefix, _join(base, child)) for child in near]
+        whole = [".".join([_join(base, child), *rest]) for child in near]
+        suggestions = [_join(prefix, pattern) for pattern in whole if rest and self.has(pattern)]
+        suggestions += [_join(prefix, _join(base, child)) for child in near]
         suggestions += [p for p in self.closest(_join(base, shown), prefix) if p not in suggestions]
+        if not base and is_class_path(shown):
+            suggestions = [*self.closest_classes(shown), *suggestions]
         mend = f"Closest: {', '.join(suggestions[:3])}." if suggestions else ""
         return PatternError(
             f'{label} matches no module: {place} has no "{shown}", only {_summary(children)}.', mend
         )
 
 
+def class_name(cls: type) -> str:
+    """The full name of a class, as a pattern has it."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def split_pattern(pattern: str, label: str = "") -> list[str]:
     """Split a pattern at the dots outside braces.
 
     Raises:
-        PatternError: unbalanced braces, an empty component, or a `*` or `?` outside braces.
+        PatternError: malformed.
     """
-    label = label or f'"{pattern}"'
-    depth, components, current = 0, [], ""
-    for character in pattern.strip():
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth not in (0, 1):
-            raise PatternError(f"{label}: unbalanced braces; each {{ needs one }} and they do not nest.")
-        if character == "." and depth == 0:
-            components.append(current)
-            current = ""
-        else:
-            current += character
-    if depth != 0:
-        raise PatternError(f"{label}: unbalanced braces; a {{ is not closed.")
-    components.append(current)
-    if any(not component.strip() for component in components):
-        raise PatternError(f"{label}: empty name; write a path such as blocks.{{*}}.")
-    for component in components:
-        if re.search(r"[*?\[\]]", re.sub(r"\{[^}]*\}", "", component)):
-            raise PatternError(f"{label}: * and ? stand in braces here; write blocks.{{*}}.")
-    return components
+    try:
+        return split_names(pattern)
+    except PatternSyntaxError as error:
+        raise _malformed(error, label or f'"{pattern}"') from error
 
 
-def expand(component: str, label: str = "") -> list[str]:
-    """The names that one component stands for; a wildcard is kept as a placeholder.
+def expand(part: str, label: str = "") -> list[str]:
+    """The names that one part of a pattern stands for; wildcards are kept as placeholders.
 
     Raises:
-        PatternError: an empty item, or a range that runs backwards.
+        PatternError: malformed.
     """
-    label = label or f'"{component}"'
-    pieces = [
-        [match.group(2)] if match.group(1) is None else _items(match.group(1), label)
-        for match in _PIECE.finditer(component)
-    ]
-    return list(dict.fromkeys("".join(choice) for choice in itertools.product(*pieces)))
+    try:
+        return names_of(part)
+    except PatternSyntaxError as error:
+        raise _malformed(error, label or f'"{part}"') from error
 
 
-def _items(text: str, label: str) -> list[str]:
-    numbers: set[int] = set()
-    names: list[str] = []
-    for item in (part.strip() for part in text.split(",")):
-        if item == "*":
-            names.append(_ANY)
-        elif match := _RANGE.fullmatch(item):
-            first, last = int(match.group(1)), int(match.group(2))
-            if first > last:
-                raise PatternError(f"{label}: the range {item} runs backwards; write {{{last}-{first}}}.")
-            if last - first > 100_000:
-                raise PatternError(f"{label}: the range {item} is absurdly long.")
-            numbers.update(range(first, last + 1))
-        elif item.isdecimal():
-            numbers.add(int(item))
-        elif item and not re.search(r"[*?.\s]", item) and not item.startswith("-"):
-            names.append(item)
-        else:
-            what = f'"{item}"' if item else "an empty item"
-            raise PatternError(
-                f"{label}: {what} in braces is neither *, a number, a range such as 0-20 nor a name."
-            )
-    return [str(number) for number in sorted(numbers)] + names
+def _malformed(error: PatternSyntaxError, label: str) -> PatternError:
+    return PatternError(f"{label}: {error}.")
+
+
+def _regex(name: str, any_character: str) -> re.Pattern[str]:
+    """An expanded name as a regular expression; `{*}` stays within one name always."""
+    placeholders = {ANY: "[^.]+", STAR: f"{any_character}*", ONE: any_character}
+    return re.compile("".join(placeholders.get(character) or re.escape(character) for character in name))
+
+
+def _written(name: str) -> str:
+    return name.replace(ANY, "{*}").replace(STAR, "*").replace(ONE, "?")
+
+
+def _is_named(full: str, pattern: str) -> bool:
+    return full == pattern.strip() or full.rpartition(".")[2] == pattern.strip()
 
 
 def apply_aliases(pattern: str, aliases: Mapping[str, str], paths: ModulePaths) -> str:
     """Rewrite a pattern that begins with a foreign module path into ours.
 
     An alias that names real modules of the tree is passed over: nothing real is hidden. `{*}` in an alias
-    stands for whatever the pattern has there and is carried over. The longest alias wins.
+    stands for whatever the pattern has there and is carried over. The longest alias wins. An alias may be the
+    name of a foreign class.
     """
     components = split_pattern(pattern)
     for alias in sorted(aliases, key=lambda a: -len(a.split("."))):
@@ -224,9 +325,13 @@ def apply_aliases(pattern: str, aliases: Mapping[str, str], paths: ModulePaths) 
             if paths.has(alias):
                 continue
             own = iter(carried)
-            target = [next(own) if part == "{*}" else part for part in split_pattern(aliases[alias])]
+            target = [next(own, part) if part == "{*}" else part for part in split_pattern(aliases[alias])]
             return ".".join([*target, *components[len(foreign) :]])
     return pattern
+
+
+def _shown(paths: Sequence[str], prefix: str) -> str:
+    return ", ".join(_join(prefix, path) for path in paths[:2]) + (", …" if len(paths) > 2 else "")
 
 
 def _summary(names: Sequence[str]) -> str:

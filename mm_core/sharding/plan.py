@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,24 @@ from mm_core.accelerator import dtype_name
 from mm_core.sharding.patterns import PlanError
 
 _WRAPPER = "_checkpoint_wrapped_module"
+ALIGNED = "(aligned)"
+"""Path of the unit that is made of the modules `ShardingPlan.aligned`; no module has such a name."""
+_PATHS = ("recompute", "offload_activations", "experts", "aligned", "ignored")
+_SETTINGS = (
+    "reshard_after_forward",
+    "param_dtype",
+    "reduce_dtype",
+    "output_dtype",
+    "cast_forward_inputs",
+    "offload_to_cpu",
+    "pin_memory",
+    "forward_prefetch",
+    "backward_prefetch",
+    "recompute_granularity",
+    "use_reentrant",
+    "expert_parallel_size",
+    "reshard_local_experts",
+)
 
 
 class ShardingError(PlanError):
@@ -109,59 +127,47 @@ class ShardingPlan:
     expert_parallel_size: int = 1
     reshard_local_experts: bool = True
 
-    def rows(self, shards: int) -> list[dict[str, Any]]:
-        """One row a unit, the root last: `unit, parameters, numel, bytes_per_rank, gathered_bytes, dtype,
-        recompute, reshard, prefetch`.
+    def as_dict(self, shards: int, ranks: int | None = None) -> dict[str, Any]:
+        """The plan as JSON-able data, to be stored with the run.
 
         Args:
             shards: number of ranks that a parameter is cut over.
-
-        `bytes_per_rank` counts the stored parameters of the fullest rank; `gathered_bytes` the unit in its
-        compute dtype.
+            ranks: data-parallel ranks; None if their number is not known.
         """
-        rows = []
-        order = [u.path for u in self.units]
-        for unit in (*self.units, self.root):
-            computed = [self.param_dtype or p.dtype for p in unit.parameters]
-            sizes = [p.numel * dtype.itemsize for p, dtype in zip(unit.parameters, computed, strict=True)]
-            position = order.index(unit.path) if unit.path else -1
-            rows.append(
-                {
-                    "unit": self.full_path(unit.path),
-                    "parameters": len(unit.parameters),
-                    "numel": unit.numel,
-                    "bytes_per_rank": sum(p.shard_numel(shards) * p.dtype.itemsize for p in unit.parameters),
-                    "gathered_bytes": sum(sizes),
-                    "dtype": "/".join(sorted({dtype_name(dtype) for dtype in computed})),
-                    "recompute": self._recompute_of(unit.path),
-                    "reshard": False if unit.keep_gathered or not unit.path else self.reshard_after_forward,
-                    "prefetch": [self.full_path(p) for p in order[position + 1 :][: self.forward_prefetch]],
-                }
-            )
-        return rows
+        from mm_core.sharding.rows import (
+            is_wrapped,
+            peak_memory,
+            unit_rows,
+        )  # they describe plans, and import this
 
-    def as_dict(self, shards: int) -> dict[str, Any]:
-        """The plan as JSON-able data, to be stored with the run."""
+        peak = peak_memory(self, shards, wrapped=ranks is None or is_wrapped(self, ranks))
+        settings = {
+            name: dtype_name(value) if isinstance(value, torch.dtype) else value
+            for name in _SETTINGS
+            for value in [getattr(self, name)]
+        }
+        paths = {name: [self.full_path(path) for path in getattr(self, name)] for name in _PATHS}
         return {
             "prefix": self.prefix,
+            "shards": shards,
+            "ranks": ranks,
             "sources": dict(self.sources),
-            "recompute": [self.full_path(path) for path in self.recompute],
-            "ignored": [self.full_path(path) for path in self.ignored],
-            "units": self.rows(shards),
+            **settings,
+            **paths,
+            "fp32_inputs": list(self.fp32_inputs),
+            "memory": {**asdict(peak), "peak": peak.total},
+            "units": unit_rows(self, shards),
         }
+
+    @property
+    def parameter_names(self) -> set[str]:
+        """Names of all parameters, those that are not sharded too."""
+        owned = {info.name for unit in (*self.units, self.root) for info in unit.parameters}
+        return owned | set(self.ignored_parameters)
 
     def full_path(self, path: str) -> str:
         """A path as users write it, with the prefix; the root's is the prefix, or `(root)` without one."""
         return f"{self.prefix}.{path}" if self.prefix and path else self.prefix or path or "(root)"
-
-    def _recompute_of(self, path: str) -> str:
-        """`yes`, `no`, or which submodules of the unit are recomputed."""
-        if any(is_inside(path, module) for module in self.recompute):
-            return "yes"
-        if not path:
-            return "no"
-        inside = [module for module in self.recompute if is_inside(module, path)]
-        return ", ".join(module.removeprefix(path + ".") for module in inside) or "no"
 
 
 def is_inside(path: str, other: str) -> bool:

@@ -21,6 +21,7 @@ class ShardingPolicy:
             structure (every `ModuleList` of at least two modules of one class).
         recompute: modules whose activations are computed again in the backward pass.
         recompute_granularity: how the modules of `recompute` are recomputed, as in fsdp2.yaml.
+        recompute_num_layers: recompute only the first of them.
         offload_activations: modules whose saved activations wait for the backward pass in host memory.
         ignored: frozen modules that are not sharded.
         keep_gathered: units (from the list above) that stay gathered between forward and backward, whatever
@@ -42,6 +43,7 @@ class ShardingPolicy:
     ignored: tuple[str, ...] = ()
     keep_gathered: tuple[str, ...] = ()
     recompute_granularity: Literal["full", "selective"] | None = None
+    recompute_num_layers: int | None = None
     offload_activations: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     aligned: tuple[str, ...] = ()

@@ -53,16 +53,13 @@ def build(case: Case, seed: int = 0, *, recompute: Sequence[str] | None = None, 
     return model
 
 
-def recomputed_modules(case: Case, model: Composite) -> list[str]:
+def recomputed_modules(case: Case) -> list[str]:
     """What the policy would recompute if it is asked to: its own list, or its units."""
     from mm_core.sharding import build_plan
 
     bare = builds.as_module(builds.build(case, "meta"))
     policy = builds.sharding_policy(case) or ShardingPolicy()
-    plan = build_plan(bare, policy, Fsdp2Config(), "predictor")
-    outermost = [u.path for u in model.sharding_plans["predictor"].units]
-    chosen = list(plan.recompute) or outermost
-    return [path for path in chosen if not any(path.startswith(other + ".") for other in chosen)]
+    return list(build_plan(bare, policy, Fsdp2Config(recompute_granularity="full"), "predictor").recompute)
 
 
 def loss_and_gradients(case: Case, **fsdp2: Any) -> LossAndGradients:

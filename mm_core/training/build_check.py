@@ -23,6 +23,7 @@ from mm_core.models.factory import build_component
 from mm_core.models.pretrained import load_pretrained
 from mm_core.models.skeleton import collect_skeletons
 from mm_core.models.sora import EXPERTS
+from mm_core.sharding.table import plan_texts
 from mm_core.training.precheck import (
     build_on_meta,
     check_checkpoint,
@@ -52,6 +53,7 @@ class Buildable:
         document: the file that they stand in.
         hooks: activated plugins; their `post_build` sees each module.
         fsdp2, fsdp2_document: how predictors are sharded; None where nothing is.
+        ranks: of the job, None if it is not said how many there will be.
         load: `--load` or `load`, and where it is said.
         load_origin: a finding about it begins as this one.
         findings: of the ordinary check. What this version cannot run need not be built.
@@ -65,14 +67,19 @@ class Buildable:
     load: str | None = None
     load_origin: Finding | None = None
     findings: tuple[Finding, ...] = ()
+    ranks: int | None = None
 
 
 @dataclass
 class BuildReport:
-    """Findings, and a line for each component that says what was built and compared."""
+    """Findings, a line for each component that says what was built and compared, and how it is sharded: as tables and
+    as data.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     summary: list[str] = field(default_factory=list)
+    tables: str = ""
+    sharding: list[dict[str, Any]] = field(default_factory=list)
 
 
 def check_buildable(job: Buildable) -> BuildReport:
@@ -119,7 +126,10 @@ def _plans(
     document = job.fsdp2_document or Document.from_data({})
     plans: dict[str, ShardingPlan] = {}
     try:
-        plans = check_patterns(job.components, predictors, job.fsdp2, document)
+        plans = check_patterns(job.components, predictors, job.fsdp2, document, ranks=job.ranks)
+        shards = job.fsdp2.shard_group_size(job.ranks) if job.ranks is not None else 1
+        report.tables += plan_texts(plans, shards, job.ranks)
+        report.sharding += [plan.as_dict(shards, job.ranks) for plan in plans.values()]
     except ConfigError as error:
         report.findings += error.findings
     except UserError as error:

@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from mm_core.config import TrainFlags
+from mm_core.training.gradients import by_mesh
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], flags: TrainFlags) -> torch.optim.Optimizer:
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW over parameters on several device meshes, which torch's kernels over lists do not mix.
+
+    It stays one parameter group, however the parameters are sharded: a checkpoint can be resumed on another mesh.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """One step; see `torch.optim.AdamW`."""
+        whole = [group["params"] for group in self.param_groups]
+        parts = [by_mesh(parameters, parameters) for parameters in whole]
+        if closure is not None or all(len(part) <= 1 for part in parts):
+            return super().step(closure)
+        try:
+            for i in range(max(map(len, parts))):
+                for group, part in zip(self.param_groups, parts, strict=True):
+                    group["params"] = part[i] if i < len(part) else []
+                super().step()
+        finally:
+            for group, parameters in zip(self.param_groups, whole, strict=True):
+                group["params"] = parameters
+        return None
+
+
+def build_optimizer(
+    parameters: Iterable[torch.nn.Parameter], flags: TrainFlags, *, skips_on_device: bool = False
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101) with the fields of the command line, fused.
 
     The fused kernel exists on CPU, CUDA and NPU and runs on DTensors' local shards; the loop sets the learning
     rate each step.
+
+    Args:
+        parameters: a tied one may come twice.
+        skips_on_device: the optimizer must honour `found_inf`, as only the fused one does.
     """
-    return torch.optim.AdamW(
-        [p for p in parameters if p.requires_grad],
+    return ShardedAdamW(
+        list(dict.fromkeys(p for p in parameters if p.requires_grad)),
         lr=flags.lr,
         betas=(flags.adam_beta1, flags.adam_beta2),
         eps=flags.adam_eps,
         weight_decay=flags.weight_decay,
-        fused=flags.optimizer_selection == "fused_torch_adamw",
+        fused=skips_on_device or flags.optimizer_selection == "fused_torch_adamw",
     )

@@ -12,13 +12,15 @@ from torch import nn
 from mm_core.config import ConfigError, Finding, TrainingJob
 from mm_core.config.component import ComponentConfig
 from mm_core.config.document import Document, expanded
+from mm_core.config.flags import world_size
 from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.origin import KeyPath, dotted
 from mm_core.models.factory import build_component, sharding_policy
 from mm_core.models.pretrained import folder_differences
 from mm_core.models.sora import EXPERTS
 from mm_core.sharding import ShardingPlan, ShardingPolicy, build_plans
-from mm_core.sharding.patterns import PlanError
+from mm_core.sharding.fitness import check_plan
+from mm_core.sharding.patterns import CombinedPlanError, PlanError
 from mm_core.weights import find_adapter, is_hf_folder, resolve_load
 from mm_core.weights.fit import FolderFit, check_fit
 from mm_registry.errors import UserError
@@ -46,7 +48,9 @@ def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
     for name in predictors:
         find_adapter(job.components[name])
     _check_start(job, predictors)
-    return check_patterns(job.components, predictors, job.fsdp2, job.documents["fsdp2"])
+    return check_patterns(
+        job.components, predictors, job.fsdp2, job.documents["fsdp2"], ranks=world_size(job.flags)
+    )
 
 
 def check_checkpoint(load: str | None) -> None:
@@ -133,6 +137,7 @@ def check_patterns(
     predictors: Mapping[str, nn.Module],
     fsdp2: Fsdp2Config,
     document: Document,
+    ranks: int | None = None,
 ) -> dict[str, ShardingPlan]:
     """Return the sharding plan of each predictor.
 
@@ -140,9 +145,10 @@ def check_patterns(
         components: of the job; those that are not trained are known by their names only.
         predictors: by name, on the meta device.
         document: the sharding file.
+        ranks: of the job, if their number is known; that `sharding_size` divides it is checked elsewhere.
 
     Raises:
-        ConfigError: a pattern of the sharding file does not fit; the finding points at it.
+        ConfigError: patterns of the sharding file do not fit; a finding points at each.
         UserError: a policy does not fit.
     """
     composite = _with_placeholders(components.items())
@@ -150,12 +156,16 @@ def check_patterns(
         composite.add_module(name, module)
     policies = {name: sharding_policy(components[name]) or ShardingPolicy() for name in predictors}
     try:
-        return build_plans(predictors, policies, fsdp2, composite)
+        plans = build_plans(predictors, policies, fsdp2, composite)
+        shards = ranks if ranks is None else fsdp2.shard_group_size(ranks)
+        for name, plan in plans.items():
+            check_plan(plan, predictors[name], ranks=ranks, shards=shards)
+        return plans
     except PlanError as error:
-        finding = _at_its_pattern(error, fsdp2, document)
-        if finding is None:  # a policy or the model itself is to blame
+        errors = error.errors if isinstance(error, CombinedPlanError) else (error,)
+        if all(one.field is None for one in errors):  # a policy or the model itself is to blame
             raise
-        raise ConfigError([finding]) from error
+        raise ConfigError(_in_the_file(one, fsdp2, document) for one in errors) from error
 
 
 def _with_placeholders(components: Iterable[tuple[str, ComponentConfig]]) -> nn.Module:
@@ -174,16 +184,18 @@ def _with_placeholders(components: Iterable[tuple[str, ComponentConfig]]) -> nn.
     return composite
 
 
-def _at_its_pattern(error: PlanError, fsdp2: Fsdp2Config, document: Document) -> Finding | None:
-    """The error as a finding at the pattern of fsdp2.yaml that it is about; `None` if it is about none."""
-    if error.field is None or error.pattern is None:
-        return None
-    patterns: tuple[str, ...] = getattr(fsdp2, error.field)
-    path: KeyPath = (error.field, len(patterns) - 1 - patterns[::-1].index(error.pattern))
+def _in_the_file(error: PlanError, fsdp2: Fsdp2Config, document: Document) -> Finding:
+    """The error as a finding at the pattern or the key of fsdp2.yaml that it is about, if it is about one."""
+    path: KeyPath = ()
+    if error.field is not None:
+        path = (error.field,)
+        if error.pattern is not None:
+            patterns: tuple[str, ...] = getattr(fsdp2, error.field)
+            path = (error.field, len(patterns) - 1 - patterns[::-1].index(error.pattern))
     return Finding.at(
         document.origin(path),
         "error",
-        "bad-pattern",
+        "bad-pattern" if error.pattern is not None else "sharding",
         error.problem.removesuffix("."),
         path=path,
         suggestion=error.suggestion.removesuffix("."),

@@ -3,9 +3,9 @@
 - `metrics.jsonl`: one object an optimizer step
 - `config.json`: the resolved configuration, with the origin of each value
 - `tensorboard/`: event files
-- `logs/`: a file for each rank
+- `logs/`: a file for each rank, with what it logged and printed
 - `checkpoints/`: iter_0000010/ …, latest
-- `.lock`: held by the live process
+- `.lock`: held by the live process; it names the job, if that may start its ranks again
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 from typing import IO, Any
 
 from mm_core.weights import complete_checkpoints, remove_temporaries
 from mm_registry.errors import UserError
+
+_PATIENCE = 20.0  # seconds
 
 
 class RunFolder:
@@ -44,12 +47,24 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
-    def open(self, *, continued: Path | None = None) -> list[str]:
+    def belongs_to(self, job: str | None) -> bool:
+        """Whether the job that wrote here last is this one, whose ranks were started again. Not to be asked while the
+        folder is open: closing any descriptor of a file gives back the process's lock on it.
+        """
+        if job is None:
+            return False
+        try:
+            return (self.path / ".lock").read_text(encoding="utf-8") == job
+        except (OSError, ValueError):
+            return False
+
+    def open(self, *, continued: Path | None = None, job: str | None = None) -> list[str]:
         """Create and lock the folder, and remove what a crash left half written.
 
         Args:
             continued: the checkpoint of this very folder from which the run goes on; `None` for a run that
                 starts anew, or from elsewhere.
+            job: the name of a job that may start its ranks again. The ranks before may take a moment to go.
 
         Returns:
             Names of the half-written checkpoints that were removed.
@@ -67,17 +82,28 @@ class RunFolder:
                 "name another folder."
             ) from error
         try:
-            self._take_lock(self._lock)
+            self._take_lock(self._lock, _PATIENCE if self.belongs_to(job) else 0.0)
             self._refuse_to_overwrite(continued)
+            self._lock.truncate(0)
+            self._lock.write(job or "")
+            self._lock.flush()
         except UserError:
             self.close()
             raise
         self._continues = continued is not None
         return remove_temporaries(self.checkpoints)
 
-    def _take_lock(self, file: IO[str]) -> None:
+    def _take_lock(self, file: IO[str], patience: float) -> None:
+        deadline = time.monotonic() + patience
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while True:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.1)
         except BlockingIOError as error:
             raise UserError(
                 f"--save {self.path}: another process is training into this folder; wait for it, "

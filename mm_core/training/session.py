@@ -15,9 +15,18 @@ from mm_core.config.args import clear_args, set_args
 from mm_core.config.document import expanded
 from mm_core.data import build_dataset
 from mm_core.observe.console import setup_logging
-from mm_core.training.consensus import agree_on_job, agree_on_plugins, prepared_together
-from mm_core.training.launch import LocalRanks, check_launch, die_with_parent, started_by_launcher
+from mm_core.training.consensus import agree_on_job, prepared_together
+from mm_core.training.launch import (
+    LocalRanks,
+    check_launch,
+    checks_its_machine,
+    die_with_parent,
+    refuse_machine,
+    started_by_launcher,
+)
+from mm_core.training.membership import Membership
 from mm_core.training.precheck import check_build
+from mm_core.training.restart import continue_own_run, job_token
 from mm_core.training.run_folder import RunFolder
 from mm_core.training.stop import EXIT_TERMINATED, StopSignal
 from mm_core.training.trainer import Trainer
@@ -42,15 +51,28 @@ def train(job: TrainingJob, argv: Sequence[str], plugins: Mapping[str, Any] | No
         UserError: the model, the policy and the files do not fit together; raised before a rank is started.
     """
     check_launch(job.flags)
-    dataset = _prepare(job)
+    die_with_parent()
+    try:
+        if not started_by_launcher():
+            Accelerator.current().check_processes(job.flags.nproc_per_node or 1)
+        dataset = _prepare(job)
+    except UserError as error:
+        if not started_by_launcher():
+            refuse_machine(job.flags, str(error))
+        raise
     if started_by_launcher():  # with a single rank
-        _join(job.flags, plugins)
-        return _train_rank(job, dataset, None)
-    with LocalRanks(job.flags, argv) as children:
-        _join(job.flags, plugins)
+        with Membership(job.flags) as member:
+            member.join(plugins)
+            return _train_rank(job, dataset, member)
+    if job.flags.elastic:
+        from mm_core.training.elastic import run_elastic  # torch's agent takes a while to import
+
+        return run_elastic(job.flags, argv)
+    with LocalRanks(job.flags, argv) as children, Membership(job.flags, children) as member:
+        member.join(plugins)
         with prepared_together():
             pass  # this rank is ready; the others load the job now
-        return _train_rank(job, dataset, children)
+        return _train_rank(job, dataset, member)
 
 
 def train_launched(flags: TrainFlags, check: Callable[[], None] | None = None) -> int:
@@ -67,41 +89,45 @@ def train_launched(flags: TrainFlags, check: Callable[[], None] | None = None) -
     Raises:
         UserError: the ranks see different plugins, or the job is wrong on some rank; raised on every rank.
     """
-    check_launch(flags)
     die_with_parent()
-    _join(flags, None)
-    with prepared_together():
-        if check is not None:
-            check()
-        job = load_training_job(flags)
-        dataset = _prepare(job)
-    return _train_rank(job, dataset, None)
+    check_launch(flags)
+    with Membership(flags) as member:
+        member.join()
+        with prepared_together():
+            if check is not None:
+                check()
+            job = load_training_job(flags)
+            dataset = _prepare(job, build=checks_its_machine())
+        return _train_rank(job, dataset, member)
 
 
-def _join(flags: TrainFlags, plugins: Mapping[str, Any] | None) -> None:
-    """Meet the other ranks; what they agree on first is the plugins."""
-    Accelerator.current().init_process_group(flags.distributed_backend, flags.distributed_timeout_minutes)
-    if dist.get_world_size() > 1:
-        agree_on_plugins(default_manager().plugin_set() if plugins is None else plugins)
+def _prepare(job: TrainingJob, *, build: bool = True) -> Any:
+    """Build on the meta device, and open the data: what can be known before weights, devices and ranks.
 
-
-def _prepare(job: TrainingJob) -> Any:
-    """Build on the meta device, and open the data: what can be known before weights, devices and ranks."""
+    Args:
+        build: whether this process checks the build; one of a machine is enough, for `agree_on_job` compares the rest.
+    """
     # From here on an id means what it meant to the checks.
     default_manager().freeze()
     set_args(job)  # a component may ask for them in its constructor
-    check_build(job)
+    if build:
+        check_build(job)
     # Annotations and headers are read before weights, and before anything is written.
     return build_dataset(job.components["dataset"], job.flags.seed)
 
 
-def _train_rank(job: TrainingJob, dataset: Any, children: LocalRanks | None) -> int:
+def _train_rank(job: TrainingJob, dataset: Any, member: Membership) -> int:
     accelerator = Accelerator.current()
     rank = dist.get_rank()
     run = RunFolder(expanded(job.flags.save)) if job.flags.save else None
     try:
         agree_on_job(job)
+        if run is not None:
+            job = continue_own_run(job, run)
+            set_args(job)
         removed = _open(run, job, rank)
+        if run is not None:
+            member.log_to(run.logs)
         setup_logging(rank, run.logs if run else None)
         for name in removed:
             log.info("removed %s, left by a run that was killed", name)
@@ -112,7 +138,7 @@ def _train_rank(job: TrainingJob, dataset: Any, children: LocalRanks | None) -> 
         if job.flags.use_deter_comp:
             accelerator.deterministic()
         accelerator.seed_all(job.flags.seed + rank)
-        with StopSignal(children.terminate if children else None) as stop:
+        with StopSignal(member.children.terminate if member.children else None) as stop:
             stopped = Trainer(job, accelerator, run, dataset).train(lambda: stop.requested)
         # Only an orderly end: after a failure the peers may stand in a collective, and waiting for them would hang.
         dist.destroy_process_group()
@@ -131,7 +157,7 @@ def _open(run: RunFolder | None, job: TrainingJob, rank: int) -> list[str]:
     message = [""]
     if rank == 0:
         try:
-            removed = run.open(continued=_continued(run, job))
+            removed = run.open(continued=_continued(run, job), job=job_token())
         except UserError as error:
             message = [str(error)]
         except OSError as error:

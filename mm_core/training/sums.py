@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +47,12 @@ class StepSums:
         for name, value in metrics.items():
             self.metrics[name] = self.metrics.get(name, torch.zeros_like(self.loss)) + value.detach()
 
-    def reduce(self, stop: bool) -> StepTotals:
-        """Sum over all ranks. Every rank must have the same metric names."""
+    def reduce(self, stop: bool, others: torch.Tensor | None = None) -> ReducedSums:
+        """Sum over all ranks. Every rank must have the same metric names.
+
+        Args:
+            others: more numbers to be summed, `[N]`, fp32, on the same device.
+        """
         names = sorted(self.metrics)
         numbers = torch.stack(
             [
@@ -59,8 +64,44 @@ class StepSums:
                 self.loss.new_tensor(self.tokens % _TOKEN_UNIT),
             ]
         )
+        own = len(numbers)
+        if others is not None and len(others):
+            numbers = torch.cat([numbers, others])
         if dist.get_world_size() > 1:
             dist.all_reduce(numbers)
-        loss, weight, *metrics, stopped, thousands, rest = numbers.tolist()
+        return ReducedSums(numbers[:own], numbers[own:], tuple(names))
+
+
+@dataclass(frozen=True)
+class ReducedSums:
+    """Sums over all ranks, still on the device.
+
+    Args:
+        numbers: those of `StepSums`; `totals` gives them names.
+        others: those that were given beside them.
+    """
+
+    numbers: torch.Tensor
+    others: torch.Tensor
+    metrics: tuple[str, ...]
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """0-d, not yet divided by the weight."""
+        return self.numbers[0]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """0-d."""
+        return self.numbers[1]
+
+    def totals(self, numbers: Sequence[float] | None = None) -> StepTotals:
+        """By name.
+
+        Args:
+            numbers: a copy on the host; without it this waits for the device.
+        """
+        values = self.numbers.tolist() if numbers is None else numbers
+        loss, weight, *metrics, stopped, thousands, rest = values
         tokens = thousands * _TOKEN_UNIT + rest
-        return StepTotals(loss, weight, tokens, stopped > 0, dict(zip(names, metrics, strict=True)))
+        return StepTotals(loss, weight, tokens, stopped > 0, dict(zip(self.metrics, metrics, strict=True)))

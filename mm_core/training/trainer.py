@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -22,14 +22,16 @@ from mm_core.models.factory import build_sora_model
 from mm_core.models.pretrained import load_predictor_folder
 from mm_core.models.text_encoders import check_vocabulary
 from mm_core.observe.callback import Callback, RunContext, StepRecord
-from mm_core.observe.console import ConsoleProgress, human_count
+from mm_core.observe.console import ConsoleProgress, human_count, show
 from mm_core.observe.metrics import MetricsFile, TensorBoard
 from mm_core.observe.profiler import StaticProfile
 from mm_core.observe.step_log import StepLog
+from mm_core.sharding.table import plan_texts
 from mm_core.training.gradients import scale_and_clip
 from mm_core.training.optimizer import build_optimizer
 from mm_core.training.run_folder import RunFolder
 from mm_core.training.schedule import LearningRate
+from mm_core.training.step import GradientExchange, StepReport, UnusedParameters, sharded_roots
 from mm_core.training.sums import StepSums
 from mm_core.weights import is_hf_folder, load_checkpoint, materialize, resolve_load, save_checkpoint
 from mm_registry import default_manager
@@ -46,10 +48,6 @@ def changed_plugins(before: Mapping[str, str], now: Sequence[tuple[str, str]]) -
         if old != new:
             lines.append(f"{name} is {new}, and was {old} when the checkpoint was written")
     return lines
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient norm is NaN or infinite; that step changed no weight."""
 
 
 class Trainer:
@@ -84,7 +82,14 @@ class Trainer:
         self._load_initial_weights()
         self.model.train()
         self.parameters = [p for p in self.model.predictor.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.parameters, flags)
+        # With `clip_grad_async` the host never waits for a step: a bad one is skipped on the device and noticed a step later.
+        self.clip_grad_async = job.model.patch.clip_grad_async
+        self.optimizer = build_optimizer(self.parameters, flags, skips_on_device=self.clip_grad_async)
+        roots = sharded_roots(self.model, self.model.sharding_plans)
+        self.exchange = GradientExchange(roots, self.model.device_mesh, self.accumulation)
+        self.unused = UnusedParameters(roots, self.device)
+        self.failed = torch.zeros((), device=self.device)  # 1 once a step was bad: none after it changes a weight
+        self.reports: deque[StepReport] = deque()  # steps whose numbers were not read yet
         self.learning_rate = LearningRate(
             peak=flags.lr,
             minimum=flags.min_lr or 0.0,
@@ -198,7 +203,7 @@ class Trainer:
             **self.job.resolved(),
             "fingerprint": default_manager().fingerprint(),
             "sharding": {
-                path or ".": plan.as_dict(shards) for path, plan in self.model.sharding_plans.items()
+                path or ".": plan.as_dict(shards, self.world_size) for path, plan in self.model.sharding_plans.items()
             },
         }
 
@@ -228,14 +233,15 @@ class Trainer:
             while self.step < flags.train_iters and not stopping:
                 for callback in self.callbacks:
                     callback.on_step_start(context, self.step + 1)
-                record, stopping = self._train_step(stop_requested)
-                for callback in self.callbacks:
-                    callback.on_step_end(context, record)
+                self.reports.append(self._train_step(stop_requested))
+                stopping = self._tell(context, unread=1 if self.clip_grad_async else 0)
                 if flags.exit_interval and self.step % flags.exit_interval == 0:
                     break
                 if flags.save_interval and self.step % flags.save_interval == 0:
+                    stopping = self._tell(context) or stopping  # nothing bad is saved
                     self.save()
                     saved_at = self.step
+            stopping = self._tell(context) or stopping
             if saved_at != self.step:
                 self.save()
         return stopping
@@ -246,56 +252,74 @@ class Trainer:
             indices += batch["sample_index"].tolist()
             yield batch
 
-    def _train_step(self, stop_requested: Callable[[], bool]) -> tuple[StepRecord, bool]:
-        """One optimizer step over the global batch. FSDP2 reduces gradients in each micro batch, so only shards are kept."""
+    def _train_step(self, stop_requested: Callable[[], bool]) -> StepReport:
+        """One optimizer step over the global batch."""
         started = time.perf_counter()
         flags = self.flags
         indices: list[int] = []
         sums = StepSums(self.device)
-        for inputs in self.task.prepare(self._micro_batches(indices)):
+        count = 0
+        for count, inputs in enumerate(self.task.prepare(self._micro_batches(indices)), start=1):
             outputs = self.task.forward(self.model, inputs)
             losses, weights, metrics = self.task.loss(outputs, inputs)
+            self.exchange.begin(count - 1)
             losses.sum().backward()
             sums.add(losses, weights, metrics, self.task.tokens(inputs))
-        total = sums.reduce(stop_requested())
-        if not total.weight > 0:
-            raise NonFiniteLossError(
-                f"step {self.step + 1}: the weights of the global batch add up to {total.weight}, so nothing can be learnt; "
-                f"samples of rank {self.rank}: {indices}."
-            )
+        assert count == self.accumulation, f"the task made {count} of {self.accumulation} micro batches"
+        reduced = sums.reduce(stop_requested(), self.unused.numbers())
+        self.unused.drop(reduced.others)
 
         # FSDP averages gradients over the ranks; what is wanted is their sum divided by the weight of the whole global batch.
-        scale = torch.tensor(self.world_size / total.weight, device=self.device)
-        norm = scale_and_clip(self.parameters, scale, flags.clip_grad)
-        loss, grad_norm = total.loss / total.weight, norm.item()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise NonFiniteLossError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}; the weights are those of step {self.step}. "
-                f"Samples of rank {self.rank}: {indices}. Lower --lr, or set --clip-grad."
-            )
+        norm = scale_and_clip(self.parameters, self.world_size / reduced.weight, flags.clip_grad)
         rate = self.learning_rate(self.step + 1)
+        report = StepReport(
+            self.step + 1, reduced, norm, self.unused.mismatch(reduced.others), self.rank, indices, rate
+        )
+        report.send(self.accelerator)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if self.clip_grad_async:
+            self.failed = torch.maximum(self.failed, report.bad)
+            self.optimizer.found_inf = self.failed  # as a GradScaler does
+        else:
+            report.read()  # raises before a weight is changed
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
         self.step += 1
         self.consumed_samples += flags.global_batch_size
-        self.accelerator.synchronize()
-        seconds = time.perf_counter() - started
-        record = StepRecord(
-            step=self.step,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=rate,
-            seconds=seconds,
-            samples_per_second=flags.global_batch_size / seconds,
-            tokens_per_second=total.tokens / seconds,
-            memory_bytes=self.accelerator.max_memory_bytes(),
-            consumed_samples=self.consumed_samples,
-            extra={name: value / total.weight for name, value in total.metrics.items()},
-        )
-        return record, total.stop
+        if not self.clip_grad_async:
+            self.accelerator.synchronize()
+        report.seconds = time.perf_counter() - started
+        report.consumed_samples = self.consumed_samples
+        return report
+
+    def _tell(self, context: RunContext, unread: int = 0) -> bool:
+        """Read the reports of past steps, all but the last `unread`, and hand them to the callbacks.
+
+        Returns:
+            Whether a rank was asked to stop.
+        """
+        stopping = False
+        while len(self.reports) > unread:
+            report = self.reports.popleft()
+            total, loss, norm = report.read()
+            record = StepRecord(
+                step=report.step,
+                loss=loss,
+                grad_norm=norm,
+                lr=report.rate,
+                seconds=report.seconds,
+                samples_per_second=self.flags.global_batch_size / report.seconds,
+                tokens_per_second=total.tokens / report.seconds,
+                memory_bytes=self.accelerator.max_memory_bytes(),
+                consumed_samples=report.consumed_samples,
+                extra={name: value / total.weight for name, value in total.metrics.items()},
+            )
+            for callback in self.callbacks:
+                callback.on_step_end(context, record)
+            stopping = stopping or total.stop
+        return stopping
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
@@ -321,9 +345,13 @@ class Trainer:
         log.info("checkpoint %s", path)
 
     def _describe(self) -> None:
+        if self.rank == 0:
+            shards = self.model.device_mesh.size(-1)
+            show(plan_texts(self.model.sharding_plans, shards, self.world_size))
         trained = sum(p.numel() for p in self.parameters)
         log.info(
             "training %s parameters on %d × %s (%s); global batch %d = %d ranks × micro batch %d × %d accumulated",
             human_count(trained), self.world_size, self.device.type, dist.get_backend(), self.flags.global_batch_size,
             self.world_size, self.flags.micro_batch_size, self.accumulation,
         )  # fmt: skip
+        log.info("%s; %s", self.exchange, "clipped without waiting for the device" if self.clip_grad_async else "clipped at once")

@@ -1,8 +1,8 @@
 """First values of a model that was built on the meta device and sharded there.
 
-Values are drawn module by module from generators keyed by the module's name, then each rank copies its
-slice. They are therefore the same whole tensors on any number of ranks and any mesh, and no rank ever holds
-more than its shards and one module.
+Values are drawn module by module from generators keyed by the module's name, or tensor by tensor as a library's
+constructor makes them; then each rank copies its slice. They are therefore the same whole tensors on any number
+of ranks and any mesh, and no rank ever holds more than its shards and one module's own parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import nn
 from mm_core.random import keyed_seed
 from mm_core.sharding.plan import bare_name
 from mm_core.weights.errors import WeightsError
+from mm_core.weights.recorded import Recorded, recorded
 from mm_core.weights.tensors import local_part, shortened
 
 
@@ -48,7 +49,9 @@ def materialize(
     its values and is moved.
 
     Values come from the nearest enclosing component's `init_module(module) -> bool`, else from the module's
-    own `reset_parameters()`; buffers from `reset_buffers(device)` of the component or any of its parts.
+    own `reset_parameters()`; buffers from `reset_buffers(device)` of the component or any of its parts. What is
+    part of a model of diffusers or transformers and not of such a component gets the values that the library's
+    constructor gives it; so do buffers that nothing else computed.
 
     Args:
         module: the component, sharded or not.
@@ -79,15 +82,21 @@ def materialize(
             other._parameters[other_name] = owner._parameters[name]
 
     unfilled: list[str] = []
+    libraries = _Libraries(module, seed)
     with torch.no_grad():
         for name, buffer in module.named_buffers():
             if name in meta_buffers:
                 _mark_unset(buffer)
         if random_init:
-            unfilled += _fill_parameters(module, targets, meta_buffers, seed)
+            unfilled += _fill_parameters(module, targets, meta_buffers, seed, libraries)
         for part in module.modules():
             if isinstance(part, ResetsBuffers):
                 part.reset_buffers(device)
+        for name, buffer in module.named_buffers():
+            if name in meta_buffers and _is_unset(buffer):
+                value = libraries.value(name, buffer)
+                if value is not None:
+                    buffer.copy_(value)
     persistent = set(module.state_dict())
     for name, buffer in module.named_buffers():
         loaded_later = not random_init and name in persistent
@@ -100,7 +109,39 @@ def materialize(
         )
 
 
-def _fill_parameters(module: nn.Module, targets: set[str], meta_buffers: set[str], seed: int) -> list[str]:
+class _Libraries:
+    """Values of the models inside a module that a library can construct again; each is recorded when it is first
+    asked for.
+    """
+
+    def __init__(self, module: nn.Module, seed: int) -> None:
+        self._modules = dict(module.named_modules())
+        self._seed = seed
+        self._records: dict[str, Recorded | None] = {}
+
+    def value(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The whole tensor of a parameter or buffer, on the CPU; `None` if no library makes it."""
+        parts = name.split(".")
+        for length in range(len(parts)):  # the outermost model first: its constructor has the last word
+            path = ".".join(parts[:length])
+            record = self._record(path)
+            if record is None:
+                continue
+            with _keyed_generator(self._seed):
+                value = record.value(bare_name(".".join(parts[length:])), tensor.shape, self._seed)
+            if value is not None:
+                return value
+        return None
+
+    def _record(self, path: str) -> Recorded | None:
+        if path not in self._records:
+            self._records[path] = recorded(self._modules[path])
+        return self._records[path]
+
+
+def _fill_parameters(
+    module: nn.Module, targets: set[str], meta_buffers: set[str], seed: int, libraries: _Libraries
+) -> list[str]:
     """Fill the named parameters module by module; returns a line for each that nothing fills."""
     unfilled: list[str] = []
     components: list[tuple[str, InitialisesModules]] = []
@@ -113,32 +154,53 @@ def _fill_parameters(module: nn.Module, targets: set[str], meta_buffers: set[str
         if not own:
             continue
         enclosing = [c for p, c in components if not p or path == p or path.startswith(p + ".")]
-        stand_in = _stand_in(owner, own)
-        with _keyed_generator(keyed_seed(seed, f"init {bare_name(path)}")):
-            how = _initialise(stand_in, owner, enclosing[-1] if enclosing else None)
-        for name, parameter in own.items():
-            whole = stand_in._parameters[name]
-            assert whole is not None
-            if how is None or _is_unset(whole):
-                reason = "its module has no reset_parameters()" if how is None else f"{how} leaves it out"
-                unfilled.append(
-                    f"  parameter {bare_name(_join(path, name))} of {_class_name(owner)}: {reason}; "
-                    "give the component "
-                    "init_module(module)"
-                )
-                continue
-            storage, slices = local_part(parameter)
-            storage.copy_(whole.detach()[slices])
-        for name, buffer in owner._buffers.items():
-            value = stand_in._buffers.get(name)
-            if (
-                buffer is not None
-                and value is not None
-                and _join(path, name) in meta_buffers
-                and not _is_unset(value)
-            ):
-                buffer.copy_(value)
+        if not enclosing:
+            for name in [n for n, p in own.items() if _fill(p, libraries.value(_join(path, n), p))]:
+                del own[name]
+        if own:
+            unfilled += _fill_own(owner, path, own, meta_buffers, seed, enclosing[-1] if enclosing else None)
     return unfilled
+
+
+def _fill_own(
+    owner: nn.Module,
+    path: str,
+    own: dict[str, nn.Parameter],
+    meta_buffers: set[str],
+    seed: int,
+    component: InitialisesModules | None,
+) -> list[str]:
+    """Fill parameters of one module, and its buffers, by means of a stand-in."""
+    unfilled: list[str] = []
+    stand_in = _stand_in(owner, own)
+    with _keyed_generator(keyed_seed(seed, f"init {bare_name(path)}")):
+        how = _initialise(stand_in, owner, component)
+    for name, parameter in own.items():
+        whole = stand_in._parameters[name]
+        assert whole is not None
+        if how is None or _is_unset(whole):
+            reason = "its module has no reset_parameters()" if how is None else f"{how} leaves it out"
+            unfilled.append(
+                f"  parameter {bare_name(_join(path, name))} of {_class_name(owner)}: {reason}; "
+                "give the component init_module(module)"
+            )
+            continue
+        _fill(parameter, whole)
+    for name, buffer in owner._buffers.items():
+        value = stand_in._buffers.get(name)
+        is_new = _join(path, name) in meta_buffers
+        if buffer is not None and value is not None and is_new and not _is_unset(value):
+            buffer.copy_(value)
+    return unfilled
+
+
+def _fill(parameter: nn.Parameter, whole: torch.Tensor | None) -> bool:
+    """Copy this rank's part of a whole tensor; false if there is none."""
+    if whole is None:
+        return False
+    storage, slices = local_part(parameter)
+    storage.copy_(whole.detach()[slices])
+    return True
 
 
 def _initialise(stand_in: nn.Module, owner: nn.Module, component: InitialisesModules | None) -> str | None:

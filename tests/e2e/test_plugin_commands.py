@@ -256,8 +256,7 @@ def test_every_kind_of_problem_is_explained() -> None:
     """The codes are those that stand in the registry's source, or in the doctor's own."""
     sources = [
         *(ROOT / "registry/mm_registry").glob("*.py"),
-        ROOT / "mm_core/cli/diagnosis.py",
-        ROOT / "mm_core/cli/doctor.py",
+        *(ROOT / f"mm_core/cli/{name}.py" for name in ("devices", "diagnosis", "doctor")),
     ]
     said = {
         node.value
@@ -271,6 +270,7 @@ def test_every_kind_of_problem_is_explained() -> None:
         "requires-dist",
         "egg-info",
         "dist-info",
+        "torch-npu",
         "utf-8",
     }
     statuses = {str(status) for status in Status} - {"available", "broken"}

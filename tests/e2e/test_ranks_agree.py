@@ -125,7 +125,7 @@ def test_ranks_that_read_other_values(tmp_path: Path) -> None:
     for ended in ranks:
         assert ended["code"] == "2"
         assert "ranks [1] read another configuration than rank 0" in ended["out"]
-        assert "mm_plugin_wan22.predictor" in ended["modules"], (
-            "by then, the model was built on the meta device"
-        )
+    assert "mm_plugin_wan22.predictor" in ranks[0]["modules"], (
+        "by then, the first rank of the machine had built the model on the meta device"
+    )
     assert not (tmp_path / "run").exists()

@@ -128,7 +128,7 @@ def fields_are_plain_data(case: Case) -> None:
 @check("its sharding policy is one, and its patterns can be read", stage="light", roles=("predictor",))
 def policy_is_one(case: Case) -> None:
     """A `ShardingPolicy`, or a function of the section's fields that returns one."""
-    from mm_core.config.patterns import pattern_problem
+    from mm_core.config.patterns import syntax_problem
     from mm_core.sharding.policy import ShardingPolicy
 
     if case.policy_spec is None:
@@ -139,13 +139,16 @@ def policy_is_one(case: Case) -> None:
     require(
         isinstance(policy, ShardingPolicy), f"the policy is a {type(policy).__name__}, not a ShardingPolicy"
     )
-    listed = {name: getattr(policy, name) for name in ("units", "recompute", "ignored", "keep_gathered")}
+    fields = (
+        "units", "recompute", "ignored", "keep_gathered", "offload_activations", "experts", "aligned"
+    )  # fmt: skip
+    listed = {name: getattr(policy, name) for name in fields}
     for name, patterns in {**listed, "aliases": (*policy.aliases, *policy.aliases.values())}.items():
         require(
             isinstance(patterns, tuple), f"{name} of the policy is a {type(patterns).__name__}, not a tuple"
         )
         for pattern in patterns:
-            problem = pattern_problem(pattern)
+            problem = syntax_problem(pattern)
             require(problem is None, f"the pattern {pattern!r} in {name} of the policy: {problem}")
 
 

@@ -10,7 +10,7 @@ from mm_core.testing.lazy import LazyModule
 if TYPE_CHECKING:
     import torch
 
-    from mm_core.sharding import ShardingPlan
+    from mm_core.sharding import ShardingPlan, ShardingPolicy
     from mm_core.testing import builds
     from mm_core.testing.case import Case
 else:
@@ -18,21 +18,28 @@ else:
 
 PREDICTOR = ("predictor",)
 PREFIX = "predictor"
+ALIGNED = "(aligned)"  # of mm_core.sharding.plan, which imports torch
 
 
-def plan_of(case: Case, module: torch.nn.Module) -> ShardingPlan:
-    """The plan that the core makes of the registered policy, or of the structure if there is none.
+def plan_of(case: Case, module: torch.nn.Module, **fsdp2: Any) -> ShardingPlan:
+    """The checked plan that the core makes of the registered policy, or of the structure if there is none.
+
+    Args:
+        fsdp2: what fsdp2.yaml writes.
 
     Raises:
         CheckFailed: it cannot be made.
     """
     from mm_core.config.fsdp2 import Fsdp2Config
     from mm_core.sharding import ShardingPolicy, build_plan
+    from mm_core.sharding.fitness import check_plan
     from mm_registry.errors import UserError
 
     policy = builds.sharding_policy(case) or ShardingPolicy()
     try:
-        return build_plan(module, policy, Fsdp2Config(), PREFIX)
+        plan = build_plan(module, policy, Fsdp2Config(**fsdp2), PREFIX)
+        check_plan(plan, module)
+        return plan
     except UserError as error:
         raise CheckFailed(f"no plan can be made of the sharding policy: {error}") from error
 
@@ -52,14 +59,40 @@ def policy_makes_a_plan(case: Case) -> None:
 @check("each parameter is in exactly one unit, or in the root, or ignored", stage="build", roles=PREDICTOR)
 def policy_covers_each_parameter_once(case: Case) -> None:
     module = builds.as_module(builds.build(case, "meta"))
-    plan = plan_of(case, module)
-    owned = [info.name for unit in (*plan.units, plan.root) for info in unit.parameters]
-    owned += plan.ignored_parameters
-    names = [name for name, _ in module.named_parameters()]
-    if twice := sorted({name for name in owned if owned.count(name) > 1}):
-        raise CheckFailed(f"in two units: {', '.join(twice[:4])}")
-    if absent := sorted(set(names) - set(owned)):
-        raise CheckFailed(f"in no unit: {', '.join(absent[:4])}")
+    plan = plan_of(case, module)  # which is checked for it
+    if not plan.parameter_names >= {name for name, _ in module.named_parameters()}:
+        raise CheckFailed("a parameter is in no unit")
+
+
+@check(
+    "experts, the aligned group and offloaded modules of the policy fit the model",
+    stage="build",
+    roles=PREDICTOR,
+)
+def policy_fits_with_all_of_it(case: Case) -> None:
+    """With `expert_parallel_size` above 1 and `align_fsdp_param_groups: true`, which are off by default."""
+    policy = builds.sharding_policy(case)
+    if policy is None or not (policy.experts or policy.aligned or policy.offload_activations):
+        raise CheckSkipped("the policy names no experts, no aligned modules and no activations to offload")
+    module = builds.as_module(builds.build(case, "meta"))
+    written: dict[str, Any] = {"align_fsdp_param_groups": bool(policy.aligned)}
+    if policy.experts:
+        written["expert_parallel_size"] = _divisor_of_experts(policy, module)
+    plan_of(case, module, **written)
+
+
+def _divisor_of_experts(policy: ShardingPolicy, module: torch.nn.Module) -> int:
+    """The smallest number of ranks above 1 that the experts can be dealt out over; 2 if there are none to ask."""
+    from mm_core.sharding.patterns import ModulePaths
+    from mm_registry.errors import UserError
+
+    paths = ModulePaths.of(dict(module.named_modules()))
+    try:
+        first = module.get_submodule(paths.match(policy.experts[0])[0])
+    except UserError:
+        return 2  # the plan says what is wrong
+    number = next((p.shape[0] for p in first.parameters() if p.ndim), 2)
+    return next((n for n in range(2, number + 1) if number % n == 0), 2)
 
 
 @check("there are FSDP units besides the root, and none holds most of the model alone",
@@ -86,26 +119,48 @@ def units_run_in_order(case: Case) -> None:
     """Prefetching follows that order, and a unit that is never called itself stays in shards."""
     module = builds.lively(case)
     plan = plan_of(case, module)
-    order = [unit.path for unit in plan.units]
+    order = [unit.path for unit in plan.units if unit.path != ALIGNED]
     if not order:
         raise CheckSkipped("there are no units")
+    named = {*order, *_named_modules(case, module)}
     called: list[str] = []
-    for path in order:
+    for path in named:
         module.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: called.append(path))
     with torch.no_grad():
         builds.run(case, module, builds.inputs(case))
+    if unused := sorted(named - {*order, *called}):
+        raise CheckFailed(
+            f"the forward pass never calls {', '.join(unused[:3])}, which the policy recomputes, offloads, aligns or deals "
+            "out: nothing would happen there"
+        )
     if absent := [path for path in order if path not in called]:
         raise CheckFailed(
             f"the forward pass never calls {', '.join(absent[:3])}; FSDP gathers a unit when it is called, so its "
             "parameters would stay in shards"
         )
-    first_calls = list(dict.fromkeys(called))
+    first_calls = [path for path in dict.fromkeys(called) if path in set(order)]
     if first_calls != order:
         at = next(i for i, (a, b) in enumerate(zip(first_calls, order, strict=True)) if a != b)
         raise CheckFailed(
             f"the forward pass calls {first_calls[at]} where the plan has {order[at]}; prefetching would gather the wrong "
             "unit"
         )
+
+
+def _named_modules(case: Case, module: torch.nn.Module) -> set[str]:
+    """What the policy names besides units; it has been checked that the names are right."""
+    from mm_core.sharding.patterns import ModulePaths
+    from mm_registry.errors import UserError
+
+    policy = builds.sharding_policy(case)
+    if policy is None:
+        return set()
+    paths = ModulePaths.of(dict(module.named_modules()))
+    patterns = (*policy.recompute, *policy.offload_activations, *policy.experts, *policy.aligned)
+    try:
+        return {path for pattern in patterns for path in paths.match(pattern)}
+    except UserError as error:
+        raise CheckFailed(str(error)) from error
 
 
 @check("each alias of the policy names a module that is there", stage="build", roles=PREDICTOR)
@@ -116,7 +171,7 @@ def aliases_name_modules(case: Case) -> None:
     policy = builds.sharding_policy(case)
     if policy is None or not policy.aliases:
         raise CheckSkipped("the policy has no aliases")
-    paths = ModulePaths(name for name, _ in builds.as_module(builds.build(case, "meta")).named_modules())
+    paths = ModulePaths.of(dict(builds.as_module(builds.build(case, "meta")).named_modules()))
     for alias, target in policy.aliases.items():
         try:
             paths.match(target, where=f'alias "{alias}"')

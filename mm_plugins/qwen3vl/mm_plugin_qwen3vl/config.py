@@ -20,7 +20,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 _MEGATRON = NoEffect("config.json of init_from_hf_path describes the network")
 _LAYOUT = NoEffect("the attention backend chooses its own layout", quiet_for=("TND",))
 _SYNCHRONIZE = NoEffect("memory is reused between streams without waiting for the device", quiet_for=(False,))
-_RECOMPUTE = NoEffect("recomputation is chosen by recompute_modules in fsdp2.yaml")
+_RECOMPUTE = NoEffect("recomputation is chosen in fsdp2.yaml or by --recompute-granularity")
 
 AttentionImplementation = Annotated[
     Literal["flash_attention_2", "flash_attention_3", "sdpa", "eager"],
@@ -136,7 +136,7 @@ class TextDecoderConfig(SectionModel):
     ] = False
     activation_offload: Annotated[
         bool,
-        NotYet(False, reason="activations are kept or recomputed, not offloaded yet"),
+        NotYet(False, reason="offload_activations in fsdp2.yaml names the modules, and this key does not reach it"),
         Field(description="Move each layer's activations to host memory until backward."),
     ] = False
     synchronize_per_layer: SynchronizePerLayer = False

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from mm_core.config.experts import TrainedSigmas, shifted_sigma
 from mm_core.config.keys import Legacy, NoEffect, NotYet, Only
+from mm_core.config.recompute import Granularity, Method, recompute_problem
 from mm_core.config.section import SectionModel, invalid
 from mm_plugin_wan22.autoencoder_config import (
     Channels,
@@ -36,7 +37,6 @@ Steps = Annotated[int, Field(ge=1, le=100_000)]
 Side = Annotated[int, Field(ge=1, le=16384)]
 
 _KERNELS = "the attention backend chooses its own layout and kernels"
-_RECOMPUTE = "recomputation is chosen by recompute_modules in fsdp2.yaml"
 _FPDT = "sequence chunking for long contexts is not applied"
 _ONE_TIMESTEP = (
     "only a given first frame (ti2v) has a timestep of its own; all other tokens share their sample's, so one "
@@ -132,8 +132,10 @@ class WanDiTConfig(SectionModel):
     ] = False
     attention_async_offload: Annotated[
         bool,
-        NoEffect("activations are kept or recomputed, not offloaded", quiet_for=(False,)),
-        Field(description="Move activations of attention to host memory until backward."),
+        Field(
+            description="Keep what the attentions of a block save for backward in host memory until then; of a block that is "
+            "recomputed, its inputs. offload_activations in fsdp2.yaml decides if it is written."
+        ),
     ] = False
     fp32_calculate: Annotated[
         bool,
@@ -141,13 +143,22 @@ class WanDiTConfig(SectionModel):
         Field(description="Compute norms and modulation in fp32."),
     ] = True
     recompute_granularity: Annotated[
-        str | None, NoEffect(_RECOMPUTE), Field(description="Megatron's choice of what is computed again.")
+        Granularity | None,
+        Field(
+            description="Compute blocks again in backward: `full` keeps only their inputs, `selective` also results of "
+            "matrix products and attention. Each key of fsdp2.yaml about it decides if it is written."
+        ),
     ] = None
     recompute_method: Annotated[
-        str | None, NoEffect(_RECOMPUTE), Field(description="Megatron's way of choosing those layers.")
+        Method | None,
+        Field(
+            description="Which blocks, with `full`: `uniform` is all of them, `block` the first `recompute_num_layers`."
+        ),
     ] = None
     recompute_num_layers: Annotated[
-        int | None, NoEffect(_RECOMPUTE), Field(description="How many layers are computed again.")
+        PositiveInt | None,
+        NoEffect("every block is a checkpoint of its own", when=("recompute_method", "uniform")),
+        Field(description="How many, for `block`."),
     ] = None
     distribute_saved_activations: Annotated[
         bool,
@@ -171,6 +182,11 @@ class WanDiTConfig(SectionModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        problem = recompute_problem(
+            self.recompute_granularity, self.recompute_method, self.recompute_num_layers
+        )
+        if problem is not None:
+            raise invalid(problem[0], ". ".join(problem[1:]))
         if self.hidden_size % self.num_heads:
             raise invalid(
                 "hidden_size",

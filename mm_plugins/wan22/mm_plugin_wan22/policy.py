@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from mm_core.sharding.policy import ShardingPolicy
 
 # MindSpeed-MM's module names, as its fsdp2.yaml files and LoRA targets use them. Longer paths win over their
@@ -36,3 +40,27 @@ ALIASES = {
 # diffusers' own block.
 
 WANDIT = ShardingPolicy(units=("blocks.{*}",), aliases=ALIASES)
+"""What holds for every section."""
+
+
+def wandit(section: Mapping[str, Any]) -> ShardingPolicy:
+    """The policy of a `predictor` section, with what its keys say of activations.
+
+    `attention_async_offload` offloads what both attentions of a block save; of blocks that are recomputed, which save
+    nothing else, their inputs, as MindSpeed-MM does.
+
+    Args:
+        section: `predictor` of model.json, checked; absent keys have their defaults.
+    """
+    policy = WANDIT
+    if section.get("recompute_granularity"):
+        block = section.get("recompute_method") == "block"
+        policy = replace(
+            policy,
+            recompute=policy.units,
+            recompute_granularity=section["recompute_granularity"],
+            recompute_num_layers=section["recompute_num_layers"] if block else None,
+        )
+    if section.get("attention_async_offload"):
+        policy = replace(policy, offload_activations=("blocks.{*}.attn1", "blocks.{*}.attn2"))
+    return policy

@@ -44,6 +44,8 @@ class WanDiT(WanTransformer3DModel):
         ffn_dim, freq_dim, text_dim, num_layers, cross_attn_norm, eps: as upstream's.
         qk_norm, qk_norm_type: must be True and `rmsnorm`; upstream always builds these norms.
         max_seq_len: length of the rotary table, the most tokens along one axis.
+        attention_async_offload, recompute_granularity, recompute_method, recompute_num_layers: without effect on the
+            module; the sharding policy reads them from the section.
 
     Raises:
         UserError: a model type or norm that this class does not compute.
@@ -68,6 +70,10 @@ class WanDiT(WanTransformer3DModel):
         cross_attn_norm: bool = True,
         eps: float = 1e-6,
         max_seq_len: int = 1024,
+        attention_async_offload: bool = False,
+        recompute_granularity: str | None = None,
+        recompute_method: str | None = None,
+        recompute_num_layers: int | None = None,
     ) -> None:
         if model_type not in MODEL_TYPES:
             raise UserError(

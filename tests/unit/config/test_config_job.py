@@ -164,10 +164,9 @@ BAD: list[tuple[str, Spoil, str, str]] = [
     ("yaml type", lambda f: setattr(f, "fsdp2", 'sharding_size: "8"\n'),
      '^"8"',
      '"sharding_size" is "8", expected a whole number or "auto". Remove the quotes: 8'),
-    ("experts", lambda f: setattr(f, "fsdp2", "expert_parallel_size: 2\n"),
-     'expert_parallel_size: ^2',
-     '"expert_parallel_size" is 2: experts are not distributed over ranks yet; this version cannot run it. '
-     "Available: 1"),
+    ("experts", lambda f: setattr(f, "fsdp2", "expert_parallel_size: 0\n"),
+     'expert_parallel_size: ^0',
+     '"expert_parallel_size" is 0: must be at least 1'),
     ("text_dim", lambda f: (f.folder / "weights/text_encoder/config.json").write_text('{"d_model": 64}'),
      '"predictor": ^{',
      "text_dim is 4096, but text_encoder (UMT5) has embeddings of 64. Write 64"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mm_core.config import parse_train_flags
-from mm_core.config.machine import check_surroundings, count_devices
+from mm_core.config.machine import check_surroundings, find_devices
 
 
 def told(
@@ -50,21 +50,40 @@ def test_ranks_against_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("environ", "count"),
-    [({}, 2), ({"CUDA_VISIBLE_DEVICES": "0"}, 1), ({"CUDA_VISIBLE_DEVICES": ""}, 0), ({"CUDA_VISIBLE_DEVICES": "0,1,2"}, 2),
-     ({"MM_DEVICE": "cpu"}, 0), ({"MM_DEVICE": "cuda"}, 2)],
+    ("environ", "found"),
+    [({}, ("cuda", 2)), ({"CUDA_VISIBLE_DEVICES": "0"}, ("cuda", 1)), ({"CUDA_VISIBLE_DEVICES": ""}, ("npu", 1)),
+     ({"CUDA_VISIBLE_DEVICES": "0,1,2"}, ("cuda", 2)), ({"CUDA_VISIBLE_DEVICES": "0,-1,1"}, ("cuda", 1)),
+     ({"CUDA_VISIBLE_DEVICES": "1", "ASCEND_RT_VISIBLE_DEVICES": "0"}, ("cuda", 1)),
+     ({"CUDA_VISIBLE_DEVICES": "MIG-1,MIG-2"}, ("cuda", 2)), ({"MM_DEVICE": "cpu"}, ("cpu", 0)),
+     ({"MM_DEVICE": "cuda"}, ("cuda", 2)), ({"MM_DEVICE": "npu"}, ("npu", 1)),
+     ({"MM_DEVICE": "npu", "ASCEND_RT_VISIBLE_DEVICES": ""}, ("npu", 0))],
 )  # fmt: skip
-def test_devices_are_counted_without_torch(tmp_path: Path, environ: dict[str, str], count: int) -> None:
-    assert count_devices(environ, devices(tmp_path, "nvidia0", "nvidia1")) == count
-    assert count_devices({}, tmp_path / "none") == 0
+def test_devices_are_counted_without_torch(
+    tmp_path: Path, environ: dict[str, str], found: tuple[str, int]
+) -> None:
+    assert find_devices(environ, devices(tmp_path, "nvidia0", "nvidia1", "davinci0")) == found
+    assert find_devices({}, tmp_path / "none") == ("cpu", 0)
 
 
 def test_a_backend_of_accelerators_on_a_cpu_is_said(tmp_path: Path) -> None:
     assert told("--distributed-backend nccl", tmp_path) == [
-        "--distributed-backend note: nccl is for accelerators; this machine shows none, and gloo is used on the CPU"
+        '--distributed-backend note: "nccl" is for accelerators; this process computes on the CPU and uses gloo'
     ]
     assert told("--distributed-backend gloo", tmp_path) == []
     assert told("--distributed-backend nccl", devices(tmp_path, "nvidia0")) == []
+    assert told("--distributed-backend hccl", tmp_path) == [
+        '--distributed-backend note: "hccl" is another maker\'s; nccl is used on this cuda device'
+    ]
+
+
+def test_a_misspelt_backend_is_an_error_wherever_the_job_will_run(tmp_path: Path) -> None:
+    (found,) = told("--distributed-backend ncll", tmp_path, to_run=False)
+    assert found.startswith(
+        '--distributed-backend error: "ncll": "ncll" is no backend that training can use (did you mean'
+    )
+    (found,) = told("--distributed-backend npu:hccl", devices(tmp_path, "nvidia0"))
+    assert '"npu:hccl" has nothing for the cuda device' in found
+    assert told("--distributed-backend npu:hccl", tmp_path, {"MM_DEVICE": "npu"}) == []
 
 
 def test_variables_count_only_where_they_matter(tmp_path: Path) -> None:

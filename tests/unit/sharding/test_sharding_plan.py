@@ -13,6 +13,7 @@ from mm_core.sharding.mesh import shard_size
 from mm_core.sharding.mixin import load_fsdp2_config
 from mm_core.sharding.patterns import PlanError
 from mm_core.sharding.plan import ShardingError
+from mm_core.sharding.rows import unit_rows
 from mm_registry.errors import UserError
 
 
@@ -64,11 +65,9 @@ def test_without_policy_or_file_the_blocks_are_found_by_structure():
         "head.weight",
         "head.bias",
     }
-    assert made.sources == {
-        "sub_modules_to_wrap": "structure",
-        "recompute_modules": "policy",
-        "ignored_modules": "policy",
-    }
+    assert made.sources["sub_modules_to_wrap"] == "structure"
+    assert set(made.sources.values()) == {"structure", "default"}
+    assert set(made.sources) == set(Fsdp2Config.model_fields) - {"moe_modules"}
 
 
 def test_a_field_of_the_file_wins_over_the_policys_field_and_only_that_one():
@@ -110,7 +109,7 @@ def test_rows_give_the_bytes_of_the_fullest_rank_and_the_prefetch():
         param_dtype="bf16",
         num_to_forward_prefetch=2,
     )
-    rows = {row["unit"]: row for row in made.rows(4)}
+    rows = {row["unit"]: row for row in unit_rows(made, 4)}
     assert list(rows) == [
         "predictor.blocks.0",
         "predictor.blocks.1",
@@ -216,6 +215,22 @@ def test_a_tensor_shared_between_units_is_refused_and_inside_one_is_fine():
         plan(net=net)
     made = plan(net=net, sub_modules_to_wrap=())
     assert sum(u.numel for u in (*made.units, made.root)) == sum(p.numel() for p in net.parameters())
+
+
+def test_layers_that_share_a_tensor_belong_to_the_root():
+    net = Net()
+    net.blocks[1].attn.weight = net.blocks[0].attn.weight
+    policy = ShardingPolicy(units=("embed", "blocks.0.attn", "blocks.1.attn"))
+    made = plan(net=net, policy=policy)
+    assert [u.path for u in made.units] == ["embed"]
+    assert {"blocks.0.attn.weight", "blocks.1.attn.bias"} <= {p.name for p in made.root.parameters}
+    assert sum(u.numel for u in (*made.units, made.root)) == sum(p.numel() for p in net.parameters())
+
+
+def test_a_block_that_stands_in_a_list_twice_is_one_unit():
+    net = Net()
+    net.blocks[1] = net.blocks[0]
+    assert [u.path for u in plan(net=net).units] == ["blocks.0", "blocks.2"]
 
 
 def test_roots_of_a_composite_take_their_own_patterns_and_the_others_are_checked():

@@ -64,6 +64,11 @@ def test_several_machines_need_an_address(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError, match=r"--nnodes 2: .*--master-addr"):
         check_launch(flags(nnodes=2))
     check_launch(flags(nnodes=2, master_addr="10.0.0.1"))
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    check_launch(flags(nnodes=2))
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(UserError, match=r"--nnodes 2: .*--rdzv-endpoint"):
+        check_launch(flags(nnodes=2, max_restarts=1))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_launch(flags(nnodes=2))
@@ -169,7 +174,7 @@ def test_a_free_port_can_be_bound() -> None:
 # -- failures, each in a process of its own, for they end it
 
 
-def parent(tmp_path: Path, child: str, inside: str) -> subprocess.CompletedProcess[str]:
+def parent(tmp_path: Path, child: str, inside: str, **flags: Any) -> subprocess.CompletedProcess[str]:
     """Run a rank 0 that does `inside` while its one child runs `child`."""
     script = tmp_path / "python"
     script.write_text(f"#!{sys.executable}\nimport os, signal, sys, time\n{child}\n")
@@ -180,11 +185,11 @@ def parent(tmp_path: Path, child: str, inside: str) -> subprocess.CompletedProce
         from mm_core.config import TrainFlags
         from mm_core.training import launch
         real, sys.executable = sys.executable, sys.argv[1]
-        with launch.LocalRanks(TrainFlags(nproc_per_node=2), []) as ranks:
+        with launch.LocalRanks(TrainFlags(nproc_per_node=2, **{flags}), []) as ranks:
             {inside}
         print("left in order")
         """
-    ).format(inside=inside)
+    ).format(inside=inside, flags=flags)
     return subprocess.run(
         [sys.executable, "-c", code, str(script)], capture_output=True, text=True, timeout=60, check=False
     )
@@ -201,6 +206,21 @@ def test_a_killed_child_ends_the_job(tmp_path: Path) -> None:
     done = parent(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(50)")
     assert done.returncode == 1
     assert "rank 1 ended with exit code -9" in done.stderr
+
+
+def test_what_a_child_printed_that_died_early_is_kept(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    child = "print('x' * 5000); print('the reason', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    done = parent(tmp_path, child, "time.sleep(50)", save=str(run))
+    assert "(SIGKILL: somebody killed it, most likely the system, out of memory" in done.stderr
+    assert f"(whole log: {run / 'logs' / 'rank-00001.log'})" in done.stderr
+    assert (run / "logs" / "rank-00001.log").read_text() == "x" * 5000 + "\nthe reason\n"
+    (tmp_path / "second").mkdir()
+    mistaken = parent(
+        tmp_path / "second", "print('mine alone'); sys.exit(2)", "time.sleep(50)", save=str(tmp_path / "none")
+    )
+    assert "mine alone" in mistaken.stderr
+    assert not (tmp_path / "none").exists(), "a mistake is told, and leaves nothing"
 
 
 def test_a_child_that_fails_last_is_not_missed(tmp_path: Path) -> None:

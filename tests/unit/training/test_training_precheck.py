@@ -61,6 +61,16 @@ def test_a_wrong_pattern_is_found_at_its_place(
     assert ".." not in str(caught.value)
 
 
+def test_all_wrong_patterns_are_found_at_once_each_at_its_place(job: Any, tmp_path: Path) -> None:
+    text = "sub_modules_to_wrap: ['predictor.bloks.{*}']\nignored_modules:\n- text_encodr\n- ae\nrecompute_num_layers: 2\n"
+    with pytest.raises(ConfigError) as caught:
+        precheck.check_build(job(text))
+    places = [finding.where.rpartition("fsdp2.yaml:")[2] for finding in caught.value.findings]
+    assert places == ["1:23", "3:3"]
+    with pytest.raises(ConfigError, match=r"fsdp2\.yaml:1:23: recompute_num_layers: 2 has nothing to count"):
+        precheck.check_build(job("recompute_num_layers: 2\n"))
+
+
 def test_an_error_of_the_policy_stays_what_it_is(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precheck, "sharding_policy", lambda component: ShardingPolicy(units=("bloks.{*}",)))
     with pytest.raises(PlanError, match="policy of predictor"):

@@ -266,3 +266,38 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space"):
         write_json(path, {"n": 2})
     assert json.loads(path.read_text()) == {"n": 1}
+
+
+# -- ranks that were started again
+
+
+def test_it_knows_the_job_that_wrote_last(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert not run.belongs_to("a")
+    run.open(job="a")
+    run.close()
+    assert run.belongs_to("a")
+    assert not run.belongs_to("b")
+    assert not run.belongs_to(None), "a job without restarts owns nothing"
+    run.open()
+    run.close()
+    assert not run.belongs_to("a"), "another one wrote since"
+
+
+def test_a_job_waits_for_its_own_ranks_of_before(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from mm_core.training.run_folder import RunFolder\n"
+        "run = RunFolder(Path(sys.argv[1])); run.open(job=sys.argv[2]); print('open', flush=True); time.sleep(1)"
+    )
+    for job, waits in (("a", True), ("b", False)):
+        command = [sys.executable, "-c", code, str(tmp_path / job), "a"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as before:
+            assert before.stdout is not None
+            assert before.stdout.readline() == "open\n"
+            run = RunFolder(tmp_path / job)
+            if waits:
+                run.open(job=job)
+                run.close()
+            else:
+                with pytest.raises(UserError, match="another process is training into this folder"):
+                    run.open(job=job)

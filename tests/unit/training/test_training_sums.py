@@ -19,7 +19,7 @@ def step(stopping: tuple[int, ...]) -> StepTotals:
         losses = torch.tensor([1.0, 2.0], requires_grad=True) * number
         metrics = {"zeta": torch.tensor(10.0 * number), "alpha": torch.tensor(1.0)}
         sums.add(losses, torch.tensor([0.5, 1.0]), metrics, tokens=100)
-    return sums.reduce(rank in stopping)
+    return sums.reduce(rank in stopping).totals()
 
 
 @pytest.mark.parametrize("stopping", [(), (0,), (1,), (0, 1)])
@@ -44,7 +44,7 @@ def half_precision() -> tuple[StepTotals, bool]:
     sums = StepSums(torch.device("cpu"))
     losses = torch.full((4096,), 0.1, dtype=torch.bfloat16, requires_grad=True)
     sums.add(losses * 1, torch.ones(4096, dtype=torch.bfloat16), {}, 0)
-    return sums.reduce(False), sums.loss.requires_grad
+    return sums.reduce(False).totals(), sums.loss.requires_grad
 
 
 def test_sums_are_fp32_and_keep_no_graph() -> None:

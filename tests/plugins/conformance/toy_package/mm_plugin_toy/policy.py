@@ -1,3 +1,5 @@
 from mm_core.sharding.policy import ShardingPolicy
 
-TOY_DIT = ShardingPolicy(units=("blocks.{*}", "head"), aliases={"layers.{*}": "blocks.{*}"})
+TOY_DIT = ShardingPolicy(
+    units=("blocks.{*}", "head"), aligned=("blocks.{*}.norm",), aliases={"layers.{*}": "blocks.{*}"}
+)

@@ -1,0 +1,196 @@
+"""What an optimizer step needs beside its loss: when gradients are exchanged, whose are dropped, how it is reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from mm_core.accelerator import Accelerator
+from mm_core.sharding.participation import participation_of
+from mm_core.sharding.plan import ShardingError, bare_name
+from mm_core.training.sums import ReducedSums, StepTotals
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient norm is NaN or infinite; that step changed no weight."""
+
+
+class GradientExchange:
+    """When the gradients of several micro batches are exchanged.
+
+    Each micro batch reduces over the ranks that share the parameters, so that a rank keeps its shard of the
+    gradients only; without that it would hold whole ones until the last micro batch. Where parameters are also
+    replicated (`sharding_size` below the number of ranks), shards are summed over the replicas once, after the last
+    micro batch: that costs no memory, and the replicas are where the network is slowest.
+
+    Args:
+        roots: sharded or not; the latter have nothing to exchange.
+        mesh: of the data-parallel ranks, replicas first if there are any.
+        accumulation: micro batches of an optimizer step.
+    """
+
+    def __init__(self, roots: Iterable[nn.Module], mesh: DeviceMesh, accumulation: int) -> None:
+        self.roots = [root for root in roots if isinstance(root, FSDPModule)]
+        self.accumulation = accumulation
+        self.defers = accumulation > 1 and mesh.ndim > 1 and bool(self.roots)
+        self.ranks = mesh.size()
+
+    def begin(self, micro: int) -> None:
+        """Before the backward pass of a micro batch, counted from 0."""
+        if not self.defers:
+            return
+        last = micro == self.accumulation - 1
+        for root in self.roots:
+            root.set_requires_all_reduce(last)
+            root.set_is_last_backward(last)
+
+    def __str__(self) -> str:
+        if self.ranks == 1 or not self.roots:
+            return "gradients stay on this rank"
+        if self.defers:
+            return "gradients are reduced over shards in each micro batch, over replicas in the last one"
+        return "gradients are reduced in each micro batch" if self.accumulation > 1 else "gradients are reduced once"
+
+
+class UnusedParameters:
+    """Parameters that no micro batch of the global batch needed have no gradient, as in one process.
+
+    Those that only some ranks need have zeros on the others (see `mm_core.sharding.participation`), and so have
+    those that nobody needs: an optimizer would let them decay.
+
+    Args:
+        roots: FSDP roots that hold the parameters.
+        device: of the step's sums.
+    """
+
+    def __init__(self, roots: Iterable[nn.Module], device: torch.device) -> None:
+        self.shares = [(root, share) for root in roots if (share := participation_of(root)) is not None]
+        self.parameters = [
+            {bare_name(name): p for name, p in root.named_parameters() if p.requires_grad} for root, _ in self.shares
+        ]
+        count = sum(map(len, self.parameters))
+        # In most steps every rank needs every parameter.
+        self._all = torch.ones(count + 2, device=device) if self.shares else torch.zeros(0, device=device)
+        self._all[count:] = 0
+        self._unused: list[tuple[int, nn.Parameter]] = []
+
+    def numbers(self) -> torch.Tensor:
+        """What this rank adds to the step's sums: one for each parameter it needed, whether it skipped a unit, and
+        whether units ran in another order than the plan's.
+        """
+        self._unused, first, skipped, disorder = [], 0, False, False
+        for (_, share), parameters in zip(self.shares, self.parameters, strict=True):
+            skipped, disorder = skipped or share.skipped > 0, disorder or share.disorder is not None
+            unused = share.take_unused()
+            if unused:
+                self._unused += [(first + i, p) for i, (n, p) in enumerate(parameters.items()) if n in unused]
+            first += len(parameters)
+        if not (self._unused or skipped or disorder):
+            return self._all
+        own = self._all.tolist()
+        for i, _ in self._unused:
+            own[i] = 0.0
+        own[-2:] = [float(skipped), float(disorder)]
+        return torch.tensor(own, device=self._all.device)
+
+    def drop(self, reduced: torch.Tensor) -> None:
+        """Forget the zeros of parameters that no rank needed.
+
+        Args:
+            reduced: sums of `numbers()` over all ranks. Only a rank that did not need something waits for them.
+        """
+        if not self._unused:
+            return
+        users = reduced.tolist()
+        for i, parameter in self._unused:
+            if users[i] == 0:
+                parameter.grad = None
+
+    @staticmethod
+    def mismatch(reduced: torch.Tensor) -> torch.Tensor:
+        """Whether some rank skipped units while another one found them in another order, 0-d."""
+        if not len(reduced):
+            return torch.zeros((), device=reduced.device, dtype=torch.bool)
+        return (reduced[-2:] > 0).all()
+
+
+@dataclass
+class StepReport:
+    """The numbers of a step on their way from the device.
+
+    Args:
+        step: counted from 1.
+        sums: of all ranks.
+        norm: of the gradients, 0-d.
+        mismatch: from `UnusedParameters.mismatch`.
+        samples: of this rank.
+    """
+
+    step: int
+    sums: ReducedSums
+    norm: torch.Tensor
+    mismatch: torch.Tensor
+    rank: int
+    samples: Sequence[int]
+    rate: float = 0.0
+    seconds: float = 0.0
+    consumed_samples: int = 0
+    _host: torch.Tensor = field(init=False)
+
+    @property
+    def bad(self) -> torch.Tensor:
+        """1 where the step must change no weight, else 0; 0-d fp32 on the device."""
+        good = self.sums.loss.isfinite() & self.norm.isfinite() & (self.sums.weight > 0) & ~self.mismatch
+        return (~good).float()
+
+    def send(self, accelerator: Accelerator) -> None:
+        """Start the copy to the host; `read` waits for it."""
+        extra = torch.stack([self.norm.to(self.sums.numbers.device), self.mismatch.float()])
+        numbers = torch.cat([self.sums.numbers, extra])
+        self._host = accelerator.pinned_like(numbers)
+        self._host.copy_(numbers, non_blocking=True)
+        self._event = accelerator.new_event()
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> tuple[StepTotals, float, float]:
+        """The sums, the loss and the gradient norm.
+
+        Raises:
+            NonFiniteLossError: the step had nothing to learn from, or nothing finite.
+            ShardingError: ranks may have exchanged the wrong tensors.
+        """
+        if self._event is not None:
+            self._event.synchronize()
+        *numbers, norm, mismatch = self._host.tolist()
+        total = self.sums.totals(numbers)
+        kept = f"the weights are those of step {self.step - 1}"
+        if mismatch:
+            raise ShardingError(
+                f"step {self.step}: some ranks skipped units that others ran in another order than the sharding plan's, "
+                f"so that they may have exchanged the wrong gradients; {kept}. The logs name the units; list them in "
+                "the order of the forward pass."
+            )
+        if not total.weight > 0:
+            raise NonFiniteLossError(
+                f"step {self.step}: the weights of the global batch add up to {total.weight}, so nothing can be learnt; "
+                f"samples of rank {self.rank}: {list(self.samples)}."
+            )
+        loss = total.loss / total.weight
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NonFiniteLossError(
+                f"step {self.step}: loss {loss}, gradient norm {norm}; {kept}. "
+                f"Samples of rank {self.rank}: {list(self.samples)}. Lower --lr, or set --clip-grad."
+            )
+        return total, loss, norm
+
+
+def sharded_roots(model: nn.Module, plans: Mapping[str, object]) -> list[nn.Module]:
+    """The roots of a model's sharding plans."""
+    return [model.get_submodule(path) for path in plans]

@@ -1,0 +1,106 @@
+"""Meshes: HSDP, experts, groups that are part of the world, and what does not divide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mm_core.config.fsdp2 import Fsdp2Config
+from mm_core.sharding import build_device_mesh
+from mm_core.sharding.mesh import build_expert_mesh
+from mm_core.sharding.plan import ShardingError
+from tests.distributed.harness import run_ranks
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def test_sharding_size_gives_rows_that_shard_and_columns_that_replicate():
+    def run() -> list[Any]:
+        meshes = [build_device_mesh(Fsdp2Config(sharding_size=size)) for size in (2, 1, 4, "auto", None)]
+        return [(mesh.mesh_dim_names, mesh.mesh.tolist()) for mesh in meshes]
+
+    flat = (("dp_shard",), [0, 1, 2, 3])
+    assert run_ranks(run, 4)[0] == [
+        (("dp_replicate", "dp_shard"), [[0, 1], [2, 3]]),
+        (("dp_replicate", "dp_shard"), [[0], [1], [2], [3]]),
+        flat, flat, flat,
+    ]  # fmt: skip
+
+
+def test_experts_are_shared_by_neighbours_and_sharded_as_far_as_sharding_size_goes():
+    def run() -> list[Any]:
+        found = []
+        for sharding_size, size in ((4, 2), (4, 4), (2, 2), (1, 2), (2, 4)):
+            mesh = build_expert_mesh(build_device_mesh(Fsdp2Config(sharding_size=sharding_size)), size)
+            found.append((mesh.mesh_dim_names, mesh.mesh.tolist()))
+        return found
+
+    two, three = ("ep_shard", "ep"), ("ep_replicate", "ep_shard", "ep")
+    assert run_ranks(run, 4)[0] == [
+        (two, [[0, 1], [2, 3]]),
+        (two, [[0, 1, 2, 3]]),
+        (three, [[[0, 1]], [[2, 3]]]),
+        (three, [[[0, 1]], [[2, 3]]]),
+        (two, [[0, 1, 2, 3]]),
+    ]
+
+
+def message_of(function: Any, *args: Any) -> str:
+    try:
+        function(*args)
+    except ShardingError as error:
+        return str(error)
+    return "nothing raised"
+
+
+def test_sizes_that_do_not_divide_are_named_with_those_that_do():
+    def run() -> list[str]:
+        return [
+            message_of(build_device_mesh, Fsdp2Config(sharding_size=4)),
+            message_of(build_device_mesh, Fsdp2Config(sharding_size=3, reshard_after_forward=2)),
+            message_of(build_expert_mesh, build_device_mesh(Fsdp2Config()), 4),
+            message_of(build_expert_mesh, build_device_mesh(Fsdp2Config(sharding_size=2)), 3),
+        ]
+
+    assert run_ranks(run, 6)[0] == [
+        "sharding_size: 4 does not divide the 6 data-parallel ranks; use auto or one of 1, 2, 3, 6.",
+        "reshard_after_forward: 2 does not divide the 3 ranks that share the parameters; "
+        "use true, false or one of 1, 3.",
+        "expert_parallel_size: 4 does not divide the 6 data-parallel ranks; use one of 1, 2, 3, 6.",
+        "expert_parallel_size: groups of 3 ranks do not fit into the 2 ranks of sharding_size, nor these into them; "
+        "use one of 1, 2, 6.",
+    ]
+
+
+def test_a_mesh_over_part_of_the_ranks():
+    def run() -> tuple[Any, ...]:
+        groups = [dist.new_group([0]), dist.new_group([1])]
+        mesh = build_device_mesh(Fsdp2Config(), groups[dist.get_rank()])
+        return mesh.mesh_dim_names, mesh.mesh.tolist()
+
+    assert run_ranks(run, 2) == [(("dp_shard",), [0]), (("dp_shard",), [1])]
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_meshes_inside_a_group_leave_the_other_ranks_alone(experts):
+    """MindSpeed-MM takes the whole world for its experts, whatever group it was given."""
+
+    def run() -> Any:
+        group = dist.new_group([1, 2, 3, 4])
+        if dist.get_rank() == 0:
+            return None
+        mesh = build_device_mesh(Fsdp2Config(sharding_size="auto" if experts else 2), group)
+        if experts:
+            mesh = build_expert_mesh(mesh, 2)
+        sums = []
+        for name in mesh.mesh_dim_names:
+            value = torch.tensor(float(dist.get_rank()))
+            dist.all_reduce(value, group=mesh.get_group(name))
+            sums.append(value.item())
+        return mesh.mesh.tolist(), sums
+
+    grid = [[1, 2], [3, 4]]
+    assert run_ranks(run, 5) == [None, (grid, [4, 3]), (grid, [6, 3]), (grid, [4, 7]), (grid, [6, 7])]
