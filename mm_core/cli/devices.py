@@ -67,7 +67,7 @@ def devices_text(rows: list[dict[str, Any]]) -> str:
     words = [
         _words(row)
         for row in rows
-        if row["files"] or row["usable"] or row["type"] == "npu" and row["version"]
+        if row["files"] or row["usable"] or (row["type"] == "npu" and row["version"])
     ]
     return f"devices: {'; '.join(words) or 'no accelerator is seen; jobs run on the CPU'}\n"
 

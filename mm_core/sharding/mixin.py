@@ -30,7 +30,9 @@ class FSDP2Mixin:
     """For `class MyModel(nn.Module, FSDP2Mixin)`.
 
     `fully_shard` runs `_pre_fully_shard`, `_fully_shard`, `_post_fully_shard`; each can be overridden.
-    Whatever `_fully_shard` does, the result is read back as a plan and checked in the same way.
+    Whatever `_fully_shard` does, the result is read back as a plan and checked in the same way; keys of fsdp2.yaml
+    that it did not follow are named in a warning. A `post_meta_init()` of the model or of a module inside it is
+    called when `materialize` has given it its first values.
 
     Attributes:
         sharding_plans: path of each FSDP root -> its plan, after `fully_shard`.

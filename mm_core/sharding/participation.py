@@ -71,7 +71,9 @@ class Participation:
         self.skipped = 0
         self.disorder: tuple[str, str] | None = None
         self.corrections: list[Callable[[], None]] = []
-        modules = {bare_name(n): m for n, m in reversed(list(root.named_modules())) if isinstance(m, FSDPModule)}
+        modules = {
+            bare_name(n): m for n, m in reversed(list(root.named_modules())) if isinstance(m, FSDPModule)
+        }
         grouped = {path: modules.pop(path) for path in plan.aligned if path in modules}
         units = {path: _Unit(path, module, self) for path, module in modules.items()}
         order = {unit.path: i for i, unit in enumerate(plan.units)}
@@ -142,6 +144,7 @@ class _Unit:
         self.slots: list[tuple[str, nn.Module, str]] = []  # full name, owner and attribute of each parameter
         self.touching = False
         self.anchor: torch.Tensor | None = None
+        self.flows = False  # whether a gradient goes through the call that is under way
         # Of the pass through the children that is under way:
         self.open = False
         self.next = 0  # the child whose turn it is
@@ -220,8 +223,8 @@ class _Unit:
 
     def touch(self, units: list[_Unit]) -> None:
         """Run these children through FSDP2's hooks only, and keep the end of the chain if it has a gradient."""
-        # Inside a unit that trains, what comes before a skipped one has a gradient.
-        flows = self.parent is not None and bool(self.slots) and torch.is_grad_enabled() and self.trains
+        # Inside a unit whose inputs have a gradient, or that trains, so has what a skipped child would be given.
+        flows = self.parent is not None and self.flows
         chain = self.pending if self.pending is not None else self.whole.start(flows)
         for unit in units:
             chain = unit.pass_by(chain)
@@ -278,8 +281,9 @@ class _Unit:
         return any(getattr(module, attribute).requires_grad for _, module, attribute in self.slots)
 
     def _add_anchor(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        self.anchor = None
-        if not torch.is_grad_enabled() or _has_gradient(args, kwargs) or not self.trains:
+        self.anchor, given = None, torch.is_grad_enabled() and _has_gradient(args, kwargs)
+        self.flows = given or (torch.is_grad_enabled() and self.trains)
+        if given or not self.flows:
             return None
         return args, {**kwargs, _ANCHOR: self.whole.start(requires_grad=True)}
 

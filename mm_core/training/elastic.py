@@ -126,7 +126,8 @@ class _Agent(LocalElasticAgent):
         self._pids = {}
         if EXIT_TERMINATED in codes and all(code in _STOPPED for code in codes):
             self.stopped = True  # the ranks agreed to, here or on another machine
-            return RunResult(state=WorkerState.SUCCEEDED, return_values={})
+            ranks = [worker.global_rank for worker in worker_group.workers]
+            return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
         left = self._remaining_restarts
         if self.stopped or EXIT_USER in codes or 130 in codes:
             left = self._remaining_restarts = 0

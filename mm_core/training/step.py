@@ -55,7 +55,11 @@ class GradientExchange:
             return "gradients stay on this rank"
         if self.defers:
             return "gradients are reduced over shards in each micro batch, over replicas in the last one"
-        return "gradients are reduced in each micro batch" if self.accumulation > 1 else "gradients are reduced once"
+        return (
+            "gradients are reduced in each micro batch"
+            if self.accumulation > 1
+            else "gradients are reduced once"
+        )
 
 
 class UnusedParameters:
@@ -72,7 +76,8 @@ class UnusedParameters:
     def __init__(self, roots: Iterable[nn.Module], device: torch.device) -> None:
         self.shares = [(root, share) for root in roots if (share := participation_of(root)) is not None]
         self.parameters = [
-            {bare_name(name): p for name, p in root.named_parameters() if p.requires_grad} for root, _ in self.shares
+            {bare_name(name): p for name, p in root.named_parameters() if p.requires_grad}
+            for root, _ in self.shares
         ]
         count = sum(map(len, self.parameters))
         # In most steps every rank needs every parameter.

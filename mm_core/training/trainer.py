@@ -88,7 +88,9 @@ class Trainer:
         roots = sharded_roots(self.model, self.model.sharding_plans)
         self.exchange = GradientExchange(roots, self.model.device_mesh, self.accumulation)
         self.unused = UnusedParameters(roots, self.device)
-        self.failed = torch.zeros((), device=self.device)  # 1 once a step was bad: none after it changes a weight
+        self.failed = torch.zeros(
+            (), device=self.device
+        )  # 1 once a step was bad: none after it changes a weight
         self.reports: deque[StepReport] = deque()  # steps whose numbers were not read yet
         self.learning_rate = LearningRate(
             peak=flags.lr,
@@ -203,7 +205,8 @@ class Trainer:
             **self.job.resolved(),
             "fingerprint": default_manager().fingerprint(),
             "sharding": {
-                path or ".": plan.as_dict(shards, self.world_size) for path, plan in self.model.sharding_plans.items()
+                path or ".": plan.as_dict(shards, self.world_size)
+                for path, plan in self.model.sharding_plans.items()
             },
         }
 
@@ -354,4 +357,8 @@ class Trainer:
             human_count(trained), self.world_size, self.device.type, dist.get_backend(), self.flags.global_batch_size,
             self.world_size, self.flags.micro_batch_size, self.accumulation,
         )  # fmt: skip
-        log.info("%s; %s", self.exchange, "clipped without waiting for the device" if self.clip_grad_async else "clipped at once")
+        log.info(
+            "%s; %s",
+            self.exchange,
+            "clipped without waiting for the device" if self.clip_grad_async else "clipped at once",
+        )

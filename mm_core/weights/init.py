@@ -92,6 +92,8 @@ def materialize(
         for part in module.modules():
             if isinstance(part, ResetsBuffers):
                 part.reset_buffers(device)
+            if callable(after := getattr(part, "post_meta_init", None)) and (meta_parameters or meta_buffers):
+                after()  # MindSpeed-MM's name for what a model does once it has left the meta device
         for name, buffer in module.named_buffers():
             if name in meta_buffers and _is_unset(buffer):
                 value = libraries.value(name, buffer)

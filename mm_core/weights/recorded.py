@@ -65,7 +65,7 @@ def recorded(module: nn.Module) -> Recorded | None:
         return None
     try:
         return Recorded(construct)
-    except Exception as error:  # noqa: BLE001 - a constructor may raise anything; what stays unfilled is reported by name
+    except Exception as error:  # a constructor may raise anything; what stays unfilled is reported by name
         log.debug("%s cannot be constructed again (%s)", type(module).__name__, error, exc_info=True)
         return None
 

@@ -58,7 +58,12 @@ def accumulated(defer: bool, **fsdp2: Any) -> tuple[dict[str, Any], list[int], s
 
 @pytest.mark.parametrize(
     ("size", "how"),
-    [(2, {}), (1, {}), (2, {"reshard_after_forward": False}), (2, {"recompute_modules": ("predictor.blocks.{*}",)})],
+    [
+        (2, {}),
+        (1, {}),
+        (2, {"reshard_after_forward": False}),
+        (2, {"recompute_modules": ("predictor.blocks.{*}",)}),
+    ],
 )
 def test_replicas_are_summed_once_a_step(size: int, how: dict[str, Any]) -> None:
     expected, always, _ = run_ranks(accumulated, 4, False, sharding_size=size, **how)[0]
@@ -98,7 +103,8 @@ def on_several_meshes(max_norm: float) -> list[Any]:
     norm = scale_and_clip(parameters, torch.tensor(0.5), max_norm)
     clipped = [whole(p.grad) for p in parameters if p.grad is not None]
     optimizer.step()
-    assert len(optimizer.param_groups) == 1 and len(optimizer.param_groups[0]["params"]) == len(parameters)
+    assert len(optimizer.param_groups) == 1
+    assert len(optimizer.param_groups[0]["params"]) == len(parameters)
     return [norm.item(), clipped, [whole(p) for p in parameters]]
 
 
@@ -194,7 +200,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
     for value in (False, True):
         path = folder / f"{value}.json"
         start = text.index("{") + 1
-        path.write_text(f'{text[:start]} "patch": {{"clip_grad_async": {str(value).lower()}}}, {text[start:]}')
+        path.write_text(
+            f'{text[:start]} "patch": {{"clip_grad_async": {str(value).lower()}}}, {text[start:]}'
+        )
         paths[value] = str(path)
     return paths
 
@@ -214,7 +222,9 @@ def test_clipping_without_waiting_changes_no_number(models: dict[bool, str]) -> 
 
 @pytest.mark.parametrize("later", [False, True])
 @pytest.mark.parametrize("bad_step", [2, 4])
-def test_a_step_that_is_not_finite_changes_no_weight(models: dict[bool, str], later: bool, bad_step: int) -> None:
+def test_a_step_that_is_not_finite_changes_no_weight(
+    models: dict[bool, str], later: bool, bad_step: int
+) -> None:
     for rank, result in enumerate(run_ranks(run, 2, models[later], bad_step, timeout=120)):
         assert result["error"].startswith(f"step {bad_step}: loss nan")
         assert f"the weights are those of step {bad_step - 1}" in result["error"]

@@ -87,7 +87,9 @@ def test_no_two_tensors_begin_alike_and_all_begin_as_the_constructor_has_them(na
     values = run_ranks(lambda: _whole(_filled(MODELS[name])), 2)[1]
     torch.manual_seed(0)
     constructed = MODELS[name].build("cpu")
-    expected = {n: t.numpy() for n, t in {**constructed.state_dict(), **dict(constructed.named_buffers())}.items()}
+    expected = {
+        n: t.numpy() for n, t in {**constructed.state_dict(), **dict(constructed.named_buffers())}.items()
+    }
     assert values.keys() == expected.keys()
     drawn = set()
     for key, value in expected.items():

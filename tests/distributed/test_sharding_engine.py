@@ -20,9 +20,9 @@ from mm_core.sharding.observe import differences, observe_plan
 from mm_core.sharding.plan import ALIGNED, ShardingError
 from mm_core.weights import materialize
 from mm_core.weights.tensors import named_parameters
+from tests.distributed.against_one import distance, gradients, whole
 from tests.distributed.harness import run_ranks
 from tests.distributed.models import DENSE, MOE, TinyModel
-from tests.distributed.test_experts import distance, gradients, whole
 
 pytestmark = pytest.mark.timeout(180)
 LAYERS = ("predictor.model.layers.{*}",)
@@ -351,3 +351,23 @@ def test_devices_that_know_sums_only_get_sums(monkeypatch):
         used, found = run_ranks(run, 4, sharding_size=size)[0]
         assert {name.rpartition(".")[2] for name in used} == {"SUM"}
         assert distance(found, one) < 1e-6
+
+
+def test_post_meta_init_runs_when_a_model_has_left_the_meta_device():
+    class Rebuilds(Heedless):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+        def post_meta_init(self) -> None:
+            assert not self.blocks[0].weight.is_meta
+            self.table.copy_(torch.arange(3.0))
+
+    def run() -> list[float]:
+        with torch.device("meta"):
+            model = Rebuilds()
+        model.fully_shard(None, None)
+        materialize(model, "cpu", 0)
+        return model.table.tolist()
+
+    assert run_ranks(run, 2)[1] == [0.0, 1.0, 2.0]

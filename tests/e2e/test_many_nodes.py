@@ -1,7 +1,4 @@
-"""Several machines, SLURM, ranks that die, and ranks that are started again: real commands and real kills.
-
-A machine is one command here; all of them run on this one.
-"""
+"""Several machines (each a command here), SLURM, ranks that die and are started again: real commands, real kills."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -101,6 +98,14 @@ def machines(folder: Path, run: Path, *flags: str | Path, count: int = 2, each: 
     ]  # fmt: skip
 
 
+def gone(processes: Iterable[int]) -> bool:
+    """Whether processes end within a while."""
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not any(Path(f"/proc/{pid}").exists() for pid in processes)
+
+
 def tensors(run: Path, step: int) -> dict[str, bytes]:
     folder = run / "checkpoints" / f"iter_{step:07d}"
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.distcp"))}
@@ -160,7 +165,7 @@ def test_a_machine_that_goes_ends_the_other(tmp_path: Path) -> None:
         commands[1].process.kill()
         assert commands[0].wait(60) == 1
     assert "failed first: its process ended without a word" in commands[0].text
-    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+    assert gone(children)
 
 
 @pytest.mark.slow
@@ -310,15 +315,13 @@ run()
 
 
 def endless(folder: Path, run: Path, *flags: str | Path) -> Command:
-    """Two ranks that train until they are stopped."""
     more = ["--train-iters", "100000", "--save", run, "--nproc-per-node", "2", "--micro-batch-size", "1"]
     return Command(folder / f"out-{len(list(folder.iterdir()))}.txt", *more, *flags)
 
 
 @pytest.mark.slow
 def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
-    """The run's folder is in use, which only the ranks find out."""
-    run = tmp_path / "run"
+    run = tmp_path / "run"  # in use, which only the ranks find out
     holder = endless(tmp_path, run)
     with ended(holder):
         wait_for(run / "metrics.jsonl", holder)
@@ -331,7 +334,6 @@ def test_a_users_mistake_is_not_tried_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_restarts_come_to_an_end(tmp_path: Path) -> None:
-    """Rank 1 is killed at each start."""
     run = tmp_path / "run"
     command = endless(tmp_path, run, "--max-restarts", "1", "--save-interval", "2")
     killed: set[int] = set()
@@ -371,10 +373,7 @@ def test_ranks_die_with_their_agent(tmp_path: Path) -> None:
         assert sorted(ranks) == [0, 1]
         command.process.kill()
         command.process.wait()
-        deadline = time.monotonic() + 30
-        while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+        assert gone(ranks.values())
 
 
 @pytest.mark.slow

@@ -136,7 +136,10 @@ class TextDecoderConfig(SectionModel):
     ] = False
     activation_offload: Annotated[
         bool,
-        NotYet(False, reason="offload_activations in fsdp2.yaml names the modules, and this key does not reach it"),
+        NotYet(
+            False,
+            reason="offload_activations in fsdp2.yaml names the modules, and this key does not reach it",
+        ),
         Field(description="Move each layer's activations to host memory until backward."),
     ] = False
     synchronize_per_layer: SynchronizePerLayer = False

@@ -63,7 +63,8 @@ def test_a_spelling_is_read_without_a_device() -> None:
 
 
 @pytest.mark.parametrize(("value", "seen"), [
-    (None, None), ("", []), ("0,2", ["0", "2"]), (" 1 , 3", ["1", "3"]), ("0,-1,2", ["0"]), ("-1", []), ("GPU-8f,GPU-9a", ["GPU-8f", "GPU-9a"]),
+    (None, None), ("", []), ("0,2", ["0", "2"]), (" 1 , 3", ["1", "3"]), ("0,-1,2", ["0"]), ("-1", []),
+    ("GPU-8f,GPU-9a", ["GPU-8f", "GPU-9a"]),
 ])  # fmt: skip
 def test_visible_devices(value: str | None, seen: list[str] | None) -> None:
     for device, variable in (("cuda", "CUDA_VISIBLE_DEVICES"), ("npu", "ASCEND_RT_VISIBLE_DEVICES")):
