@@ -172,7 +172,9 @@ def run() -> None:
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if "torch.distributed" in sys.modules:
+    if (
+        "torch" in sys.modules and "torch.distributed" in sys.modules
+    ):  # the latter alone: torch's import failed
         # A rank that fails must not wait in destructors for peers that still stand in a collective.
         import torch.distributed as dist
 

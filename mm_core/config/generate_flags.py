@@ -71,7 +71,8 @@ def classic_flags() -> type[SectionModel]:
 def _marked(field: FieldInfo, mark: Any) -> Any:
     """Return a field's annotation, its kind replaced by `mark` if there is one."""
     kept = [each for each in field.metadata if mark is None or not isinstance(each, NoEffect | NotYet | Only)]
-    return Annotated[(field.annotation, *kept, *([mark] if mark is not None else ()))]
+    marks = (*kept, *([mark] if mark is not None else ()))
+    return Annotated[(field.annotation, *marks)] if marks else field.annotation
 
 
 def take_classic_flags(argv: Sequence[str], own: Collection[str]) -> tuple[list[str], list[Finding]]:

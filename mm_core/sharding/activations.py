@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, CheckpointWrapper
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -110,7 +111,7 @@ class RecomputeWrapper(CheckpointWrapper):
         self._name = name
         self._contexts: dict[str, Any] = {}
         if selective:
-            self._contexts["context_fn"] = partial(create_selective_checkpoint_contexts, keep_expensive)
+            self._contexts["context_fn"] = _selective_contexts
         self._noted: set[str] = set()
         self._seen = False
 
@@ -181,10 +182,9 @@ def keep_expensive(_: Any, operation: Any, *args: Any, **__: Any) -> CheckpointP
     Attention that is not fused makes its scores by a batched product of two narrow matrices (heads of at most 256).
     They are larger than both and cheap to make again, so they are not kept.
     """
-    # By name, as not every version and device has every operation.
-    name = operation.name().partition(".")[0]
-    if not (name in _KEPT or name.startswith(_KEPT_BEGINNINGS)):
+    if not _may_be_kept(operation):
         return CheckpointPolicy.PREFER_RECOMPUTE
+    name = _name(operation)
     if name.startswith("_c10d_functional::") and (name.endswith(("_", "_out", "wait_tensor"))):
         return CheckpointPolicy.PREFER_RECOMPUTE  # in place, or without a result of their own
     if name in _BATCHED:
@@ -193,6 +193,50 @@ def keep_expensive(_: Any, operation: Any, *args: Any, **__: Any) -> CheckpointP
         if a.shape[2] <= _HEAD_DIM and result > a.numel() + b.numel():
             return CheckpointPolicy.PREFER_RECOMPUTE
     return CheckpointPolicy.MUST_SAVE
+
+
+@functools.cache  # each operation of a model comes here many times a step
+def _may_be_kept(operation: Any) -> bool:
+    name = _name(operation)
+    return name in _KEPT or name.startswith(_KEPT_BEGINNINGS)
+
+
+def _name(operation: Any) -> str:
+    # By name, as not every version and device has every operation.
+    name: str = operation.name()
+    return name.partition(".")[0]
+
+
+class _OnlyKept(TorchDispatchMode):
+    """Shows one of torch's selective contexts only operations that may be kept.
+
+    torch counts all operations in forward and expects each of them again. FSDP2 units inside the recomputed module do
+    different ones the second time: what is gathered already is not gathered again.
+    """
+
+    # For flex_attention, which is an operation of a higher order.
+    supports_higher_order_operators = True
+
+    def __init__(self, context: Any) -> None:
+        super().__init__()
+        self._context = context
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """As torch's own."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not _may_be_kept(func):
+            return func(*args, **(kwargs or {}))
+        return self._context.__torch_dispatch__(func, types, args, kwargs)
+
+
+def _selective_contexts() -> tuple[_OnlyKept, _OnlyKept]:
+    forward, recomputation = create_selective_checkpoint_contexts(keep_expensive)
+    return _OnlyKept(forward), _OnlyKept(recomputation)
 
 
 def _reentrant(module: nn.Module, leaves: list[Any], inputs: TreeSpec) -> Any:

@@ -62,13 +62,14 @@ class Participation:
     """The units of one FSDP root, and what this rank did with them since the last step.
 
     Attributes:
-        skipped: how often a unit was touched in place of being run.
         disorder: a unit that ran after another one that the plan lists behind it, and that other one.
+        disorder_pass: in which forward pass of the step that was noticed, counted from 1; 0 for in none.
     """
 
     def __init__(self, root: nn.Module, plan: ShardingPlan, device_type: str) -> None:
         self.device_type = device_type
-        self.skipped = 0
+        self.passes = 0
+        self.disorder_pass = 0
         self.disorder: tuple[str, str] | None = None
         self.corrections: list[Callable[[], None]] = []
         modules = {
@@ -114,7 +115,7 @@ class Participation:
         }
         self._used.clear()
         self._settled.clear()
-        self.skipped, self.disorder = 0, None
+        self.passes, self.disorder_pass, self.disorder = 0, 0, None
         return unused
 
     def settle(self, unit: _Unit) -> None:
@@ -181,6 +182,7 @@ class _Unit:
         if self.touching:
             return
         if self.parent is None:
+            self.whole.passes += 1
             for correct in self.whole.corrections:
                 correct()
             self.whole.corrections.clear()
@@ -229,7 +231,6 @@ class _Unit:
         for unit in units:
             chain = unit.pass_by(chain)
             self.touched.add(unit)
-        self.whole.skipped += len(units)
         self.pending = chain if chain.requires_grad else None
 
     def pass_by(self, chain: torch.Tensor) -> torch.Tensor:
@@ -257,9 +258,8 @@ class _Unit:
         latest = self.latest
         assert latest is not None
         self.touched.discard(child)
-        self.whole.skipped -= 1
         if self.whole.disorder is None:
-            self.whole.disorder = (child.path, latest.path)
+            self.whole.disorder, self.whole.disorder_pass = (child.path, latest.path), self.whole.passes
             log.warning(
                 "%s runs after %s, though the plan lists it before: list units in the order of the forward pass; "
                 "this run goes on with the order that it sees.",

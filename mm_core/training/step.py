@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -86,22 +87,22 @@ class UnusedParameters:
         self._unused: list[tuple[int, nn.Parameter]] = []
 
     def numbers(self) -> torch.Tensor:
-        """What this rank adds to the step's sums: one for each parameter it needed, whether it skipped a unit, and
-        whether units ran in another order than the plan's.
+        """What this rank adds to the step's sums: one for each parameter it needed; then the forward pass, if any, in
+        which units ran in another order than the plan's, and its square.
         """
-        self._unused, first, skipped, disorder = [], 0, False, False
+        self._unused, first, disorder = [], 0, 0
         for (_, share), parameters in zip(self.shares, self.parameters, strict=True):
-            skipped, disorder = skipped or share.skipped > 0, disorder or share.disorder is not None
+            disorder = disorder or share.disorder_pass
             unused = share.take_unused()
             if unused:
                 self._unused += [(first + i, p) for i, (n, p) in enumerate(parameters.items()) if n in unused]
             first += len(parameters)
-        if not (self._unused or skipped or disorder):
+        if not (self._unused or disorder):
             return self._all
         own = self._all.tolist()
         for i, _ in self._unused:
             own[i] = 0.0
-        own[-2:] = [float(skipped), float(disorder)]
+        own[-2:] = [float(disorder), float(disorder**2)]
         return torch.tensor(own, device=self._all.device)
 
     def drop(self, reduced: torch.Tensor) -> None:
@@ -119,10 +120,15 @@ class UnusedParameters:
 
     @staticmethod
     def mismatch(reduced: torch.Tensor) -> torch.Tensor:
-        """Whether some rank skipped units while another one found them in another order, 0-d."""
+        """Whether some ranks found units in another order than the plan's and others did not, in the same pass; 0-d.
+
+        Those others skipped the units, in the plan's order.
+        """
         if not len(reduced):
             return torch.zeros((), device=reduced.device, dtype=torch.bool)
-        return (reduced[-2:] > 0).all()
+        numbers, squares = reduced[-2], reduced[-1]
+        same: torch.Tensor = dist.get_world_size() * squares == numbers**2  # numbers that differ vary
+        return ~same
 
 
 @dataclass

@@ -218,12 +218,19 @@ def test_another_order_than_the_plans_is_learnt_where_all_ranks_see_it() -> None
     same("i", 2, units=OUT_OF_ORDER)
 
 
-def test_ranks_that_skip_what_others_run_in_another_order_are_told() -> None:
-    sums = torch.tensor([2.0, 1.0, 0.0, 1.0])  # two parameters, who skipped, who saw another order
-    assert not UnusedParameters.mismatch(sums)
-    sums[-2] = 1.0
-    assert UnusedParameters.mismatch(sums)
-    assert not UnusedParameters.mismatch(torch.zeros(0))
+def told(passes: list[int]) -> bool:
+    """Whether ranks are told that they found another order in these passes."""
+    own = float(passes[dist.get_rank()])
+    numbers = torch.tensor([1.0, own, own**2])
+    dist.all_reduce(numbers)
+    return bool(UnusedParameters.mismatch(numbers))
+
+
+@pytest.mark.parametrize(
+    ("passes", "mismatch"), [([0, 0], False), ([1, 1], False), ([0, 1], True), ([2, 1], True)]
+)
+def test_ranks_that_skip_what_others_run_in_another_order_are_told(passes: list[int], mismatch: bool) -> None:
+    assert run_ranks(told, 2, passes) == [mismatch, mismatch]
 
 
 def alone() -> bool:

@@ -44,7 +44,7 @@ def test_generation(npu: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(npu, run, "--train-iters", "1", ranks=1)
     done = run_mm(
-        "generate", TINY / "inference_model.json", "--load", run, "--save-path", tmp_path / "out",
+        "generate", "--mm-model", TINY / "inference_model.json", "--load", run, "--save-path", tmp_path / "out",
         "--num-inference-steps", "2", timeout=500, **npu, MM_DEVICE="npu",
     )  # fmt: skip
     assert done.code == 0, done.err[-4000:]
