@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from pydantic import PrivateAttr
@@ -219,10 +220,16 @@ def check_machines(flags: TrainFlags) -> list[Finding]:
     if flags.rdzv_backend == "static" and isinstance(flags.nnodes, str):
         text = "static machines are a fixed number, and --nnodes is a range"
         findings.append(flags.finding("rdzv_backend", "conflict", text, "Use c10d"))
-    host, colon, port = (flags.rdzv_endpoint or "").rpartition(":")
-    if colon and (not host or not (port.isascii() and port.isdigit() and int(port) < 65536)):
-        text = f'"{clip(flags.rdzv_endpoint or "")}" is no HOST:PORT'
-        findings.append(flags.finding("rdzv_endpoint", "bad-value", text))
+    if flags.rdzv_endpoint is not None and split_endpoint(flags.rdzv_endpoint)[0] is None:
+        text = f'"{clip(flags.rdzv_endpoint)}" is no HOST:PORT'
+        mend = "Write an IPv6 address in brackets" if flags.rdzv_endpoint.count(":") > 1 else ""
+        findings.append(flags.finding("rdzv_endpoint", "bad-value", text, mend))
+    if flags.master_addr is not None and not re.fullmatch(
+        r"[\w.-]+|[\w:.%]*:[\w:.%]*:[\w:.%]*", flags.master_addr
+    ):
+        text = f'"{clip(flags.master_addr)}" is no name and no address of a machine'
+        mend = "The port goes to --master-port"
+        findings.append(flags.finding("master_addr", "bad-value", text, mend))
     problem = rendezvous_settings(flags.rdzv_conf or "")[1]
     if problem:
         findings.append(flags.finding("rdzv_conf", "bad-value", problem))
@@ -230,6 +237,14 @@ def check_machines(flags: TrainFlags) -> list[Finding]:
         text = "needs --save: without checkpoints a restart begins at step 0"
         findings.append(flags.finding("max_restarts", "missing-flag", text, "Add --save FOLDER"))
     return findings
+
+
+def split_endpoint(text: str) -> tuple[str | None, int | None]:
+    """Return host and port of HOST, HOST:PORT or [IPV6]:PORT; no host if it is none of them."""
+    match = re.fullmatch(r"(?:\[([\w:.%]+)\]|([\w.-]+))(?::(\d{1,5}))?", text, re.ASCII)
+    if match is None or int(match[3] or 0) > 65535:
+        return None, None
+    return match[1] or match[2], int(match[3]) if match[3] else None
 
 
 #: Settings of torch's c10d rendezvous that hold seconds or numbers.

@@ -87,6 +87,11 @@ class Fsdp2Config(SectionModel):
     ] = False
     pin_memory: Annotated[
         bool,
+        NoEffect(
+            "it is the memory of offload_to_cpu, which is off",
+            quiet_for=(False,),
+            when=("offload_to_cpu", False),
+        ),
         Field(
             description="Page-locked memory, for offload_to_cpu only. Off as documented "
             "(MindSpeed-MM's code: on)."

@@ -44,6 +44,7 @@ _RANGES = {
     "less_than_equal": ("le", "must be at most"),
     "multiple_of": ("multiple_of", "must be a multiple of"),
 }
+_BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
 _LENGTHS = {
     "too_short": ("min_length", "at least"),
     "string_too_short": ("min_length", "at least"),
@@ -254,7 +255,8 @@ def _special(detail: ErrorDetails) -> tuple[str, str]:
         count = context[name]
         if context.get("field_type") == "Tuple":
             return "out-of-range", f"must have exactly {count} value{'s' if count != 1 else ''}"
-        return "out-of-range", f"must have {words} {count} item{'s' if count != 1 else ''}"
+        unit = "character" if kind.startswith("string") else "item"
+        return "out-of-range", f"must have {words} {count} {unit}{'s' if count != 1 else ''}"
     if kind == "finite_number":
         return "out-of-range", "must be a finite number"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
@@ -283,6 +285,16 @@ def _mend(value: Any, kinds: Iterable[str], details: Iterable[ErrorDetails]) -> 
                 options = [part.strip(" '\"") for part in _expected(detail).replace(" or ", ",").split(",")]
                 near = did_you_mean(value, options)
                 return near if near.startswith("Did") else ""
+        if kinds & {"bool_type", "bool_parsing"} and (
+            meant := _BOOLEANS.get(value.lower()) or closest(value.lower(), ("true", "false"))
+        ):
+            return f"Write {meant}"
+        if kinds == {"tuple_type"} or kinds == {"list_type"}:
+            return (
+                "Write []"
+                if value.lower() in ("none", "null", "")
+                else f"Write [{json.dumps(value, ensure_ascii=False)}]"
+            )
     if "bool_type" in kinds and value in (0, 1) and not isinstance(value, bool):
         return f"Write {'true' if value else 'false'}"
     if isinstance(value, float) and value.is_integer() and kinds & {"int_type", "int_from_float"}:

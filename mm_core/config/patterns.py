@@ -15,9 +15,11 @@ STAR, ONE = "\1", "\2"
 """Stand for a `*` and a `?` outside braces there: any number of characters, and one."""
 
 _PIECE = re.compile(r"\{([^{}]*)\}|([^{}]+)")
-_RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
+_RANGE = re.compile(r"([0-9]+)\s*-\s*([0-9]+)")
+_FOREIGN_RANGE = re.compile(r"([0-9]+)\s*(?:[\u2010-\u2015\u2212:]|\.\.\.?)\s*([0-9]+)")
+_HALF_RANGE = re.compile(r"[0-9]+\s*-")
 _CLASS = re.compile(r"([^\W\d]\w*\.)*_*[A-Z]\w*")
-_MOST_NAMES = 100_000
+_MOST_NAMES = 10_000
 
 
 class PatternSyntaxError(ValueError):
@@ -91,6 +93,11 @@ def is_class_path(pattern: str) -> bool:
 def _check_name(part: str) -> None:
     if not part.strip():
         raise PatternSyntaxError("an empty name; write a path such as predictor.blocks.{*}")
+    strange = next((character for character in part if not character.isprintable()), None)
+    if strange is not None:
+        raise PatternSyntaxError(
+            f"an invisible character, U+{ord(strange):04X}; write the name anew, in plain letters"
+        )
     outside = re.sub(r"\{[^}]*\}", "", part)
     if "**" in outside:
         raise PatternSyntaxError(
@@ -118,6 +125,10 @@ def _items(text: str) -> list[str]:
             numbers.update(range(first, last + 1))
         elif item.isascii() and item.isdecimal():
             numbers.add(int(item))
+        elif match := _FOREIGN_RANGE.fullmatch(item):
+            raise PatternSyntaxError(f"{item} is no range; write {{{match.group(1)}-{match.group(2)}}}")
+        elif item and _HALF_RANGE.fullmatch(item):
+            raise PatternSyntaxError(f"the range {item} lacks an end, and numbers begin at 0; write {{0-20}}")
         elif item and not re.search(r"[*?.\s]", item) and not item.startswith("-"):
             names.append(item)
         else:

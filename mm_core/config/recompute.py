@@ -26,7 +26,8 @@ def recompute_problem(
     if method is not None and granularity != "full":
         has = "which is missing" if granularity is None else f"not {show(granularity)}"
         why = f'{show(method)} chooses among layers that are recomputed in full: it needs granularity "full", {has}'
-        return "recompute_method", why, "Add it, or take the method out"
+        mend = "Add it" if granularity is None else 'Use "full"'
+        return "recompute_method", why, f"{mend}, or take the method out"
     if num_layers is not None and method is None:
         why = f'{num_layers} needs a method: "block" recomputes the first {num_layers} layers, "uniform" all of them'
         return "recompute_num_layers", why, "Add one of the two, or take the number out"

@@ -105,6 +105,12 @@ VARIABLES: tuple[Variable, ...] = (
         "set by torchrun: step times are written to a standard output that is no terminal",
     ),
     Variable(
+        "TORCHELASTIC_MAX_RESTARTS", OURS, "set by torchrun: how often it may start the ranks again", low=0
+    ),
+    Variable(
+        "TORCHELASTIC_ERROR_FILE", OURS, "set by torchrun: tells one job from another that has no --rdzv-id"
+    ),
+    Variable(
         "TORCHELASTIC_RESTART_COUNT", OURS, "set by torchrun: how often the ranks were started again", low=0
     ),
     Variable(

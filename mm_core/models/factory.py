@@ -14,10 +14,11 @@ from torch import nn
 from mm_core.accelerator import Accelerator, parse_dtype
 from mm_core.models.sora import EXPERTS, SoRAModel
 from mm_core.random import keyed_seed
-from mm_core.sharding.policy import ShardingPolicy
+from mm_core.sharding.policy import ShardingPolicy, policy_problem
 from mm_registry.errors import UserError
 from mm_registry.hooks import run_post_build
 from mm_registry.manager import default_manager
+from mm_registry.words import described
 
 if TYPE_CHECKING:
     import pluggy
@@ -119,13 +120,24 @@ def sharding_policy(component: ComponentConfig) -> ShardingPolicy | None:
     if spec is None:
         return None
     policy = manager.load(spec)
-    if callable(policy):
-        policy = policy(component.fields)
+    if callable(policy) and not isinstance(policy, type):
+        try:
+            policy = policy(component.fields)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"sharding policy {name} of {spec.distribution} failed with {described(error)}; it is called with the "
+                "section and returns a ShardingPolicy"
+            ) from error
     if not isinstance(policy, ShardingPolicy):
         raise UserError(
             f"sharding policy {name} of {spec.distribution} is a {type(policy).__name__}, not a "
             "ShardingPolicy"
         )
+    problem = policy_problem(policy)
+    if problem is not None:
+        raise UserError(f"sharding policy {name} of {spec.distribution}, {problem}")
     return policy
 
 

@@ -25,7 +25,7 @@ from mm_core.sharding.plan import (
     describe_parameter,
     is_inside,
 )
-from mm_core.sharding.policy import ShardingPolicy
+from mm_core.sharding.policy import ShardingPolicy, policy_problem
 from mm_core.sharding.resolve import COMPOSITE, Chosen, Resolver, relative_to
 
 _SETTINGS = {
@@ -72,6 +72,9 @@ def build_plan(
             one. `field` and `pattern` say which line of fsdp2.yaml is to blame, if one is.
         CombinedPlanError: several of these.
     """
+    wrong = policy_problem(policy)
+    if wrong is not None:
+        raise ShardingError(f"policy of {prefix or 'the model'}, {wrong}.")
     problems = Problems()
     modules = dict(root.named_modules())
     find = Resolver(ModulePaths.of(modules), policy, fsdp2, prefix, neighbours, problems, composite)
@@ -112,7 +115,7 @@ def build_plan(
         plan = _with_recompute(plan, policy, fsdp2, chosen["recompute_modules"], own)
     authors = {name: choice.authors for name, choice in chosen.items()}
     check_modules(plan, modules, own, authors, problems)
-    _check_settings(plan, fsdp2, problems)
+    _check_settings(plan, policy, fsdp2, problems)
     unsharded = [path for path in gathered if path not in ordered]
     if unsharded and units.source == "policy":
         with problems.of():
@@ -154,12 +157,18 @@ def build_plans(
             with problems.of(name, pattern):
                 if not _is_elsewhere(pattern, roots, tree):
                     continue
-                tree.match(pattern, where=name)
                 if name != "ignored_modules":
                     raise ShardingError(
                         f'{name}: "{pattern}" names a part that is not trained and therefore not sharded; '
                         f"only modules of {', '.join(roots)} can stand here."
                     )
+                part, _, rest = pattern.strip().partition(".")
+                if rest and part in tree and not tree.children(part):
+                    raise ShardingError(
+                        f'{name}: "{pattern}" lies in "{part}", which is not trained and never sharded as a whole; '
+                        f'write "{part}".'
+                    )
+                tree.match(pattern, where=name)
     problems.raise_any()
     return plans
 
@@ -240,7 +249,9 @@ def _with_recompute(
     return replace(plan, recompute=tuple(paths), recompute_granularity=granularity or "full", sources=sources)
 
 
-def _check_settings(plan: ShardingPlan, fsdp2: Fsdp2Config, problems: Problems) -> None:
+def _check_settings(
+    plan: ShardingPlan, policy: ShardingPolicy, fsdp2: Fsdp2Config, problems: Problems
+) -> None:
     """Check settings against each other and against what was found."""
     name = plan.full_path("")
     with problems.of("use_reentrant"):
@@ -262,7 +273,7 @@ def _check_settings(plan: ShardingPlan, fsdp2: Fsdp2Config, problems: Problems) 
                 f"nor the sharding policy names modules of {name} that hold experts; name them in moe_modules, or write 1."
             )
     with problems.of("align_fsdp_param_groups"):
-        if fsdp2.align_fsdp_param_groups and not plan.aligned:
+        if _setting(policy, fsdp2, "align_fsdp_param_groups")[0] and not plan.aligned:
             raise ShardingError(
                 f"align_fsdp_param_groups: the sharding policy of {name} names no norms or gates to put in a group; write "
                 "false."

@@ -18,13 +18,9 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from mm_core.sharding.expert_form import argument_order, check_form, exchanges_itself
 from mm_core.sharding.mesh import EP, EP_REPLICATE, EP_SHARD, build_expert_mesh
-from mm_core.sharding.plan import ShardingError, ShardingPlan, bare_name
-
-_HOW = (
-    "distributed are modules whose forward is (hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K]) -> "
-    "[T, H], with parameters [experts, …] of their own, or which define ep_forward(ep_group, …)"
-)
+from mm_core.sharding.plan import ShardingPlan
 
 
 def distribute_experts(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> DeviceMesh | None:
@@ -86,11 +82,7 @@ def expert_settings(
 
 def _number_of_experts(module: nn.Module, plan: ShardingPlan, path: str) -> int:
     """Dimension 0 of all its parameters; the plan has checked that they agree, and divide."""
-    nested = next((bare_name(name) for name, _ in module.named_parameters() if "." in bare_name(name)), None)
-    if nested is not None:
-        raise ShardingError(
-            f'moe_modules: "{plan.full_path(path)}" keeps {nested} in a module of its own; {_HOW}.'
-        )
+    check_form(module, plan.full_path(path))
     (experts,) = {p.shape[0] for p in module.parameters()}
     assert experts % plan.expert_parallel_size == 0
     return experts
@@ -109,7 +101,7 @@ def _exchange(module: nn.Module, shown: str, experts: int, mesh: DeviceMesh) -> 
     """The forward of a module of experts that are dealt out."""
     cls = type(module)
     group = mesh.get_group(EP)
-    if callable(getattr(module, "ep_forward", None)):
+    if exchanges_itself(module):
         # MindSpeed-MM calls it with the group first, then the module: its modules define a static method.
         static = isinstance(inspect.getattr_static(cls, "ep_forward"), staticmethod)
 
@@ -122,7 +114,7 @@ def _exchange(module: nn.Module, shown: str, experts: int, mesh: DeviceMesh) -> 
             )
 
         return own_exchange
-    index, weights = _argument_order(module, shown)
+    index, weights = argument_order(module, shown)
     local_experts = experts // mesh.size(-1)
     # Modules know the number of their experts (num_experts, n_routed_experts, …) and size their tables by it.
     counts = {
@@ -215,22 +207,3 @@ def _local(parameter: nn.Parameter | None) -> torch.Tensor | None:
         ranks = parameter.device_mesh.size()
         local.register_hook(lambda gradient: gradient / ranks)
     return local
-
-
-def _argument_order(module: nn.Module, shown: str) -> tuple[int, int]:
-    """Where a forward takes the experts of each token, and their weights; the tokens come first."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    needed = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    index = [i for i, name in enumerate(needed) if "ind" in name or "selected" in name]
-    weights = [i for i, name in enumerate(needed) if "weight" in name or "score" in name]
-    if (
-        len(needed) != 3
-        or len(index) != 1
-        or len(weights) != 1
-        or index == weights
-        or 0 in (index[0], weights[0])
-    ):
-        raise ShardingError(
-            f'moe_modules: "{shown}" is called with ({", ".join(needed)}), so its tokens cannot be exchanged; {_HOW}.'
-        )
-    return index[0], weights[0]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from mm_core.sharding.expert_form import check_form
 from mm_core.sharding.patterns import Problems
 from mm_core.sharding.plan import ALIGNED, ShardingError, ShardingPlan, is_inside
 
@@ -32,11 +34,12 @@ def check_modules(
         "moe_modules": plan.experts,
         "align_fsdp_param_groups": plan.aligned,
     }
+    said = set()
     for name, paths in fields.items():
         for path in paths:
             author = authors.get(name, {}).get(path)
             in_file = author is not None or (name not in authors and plan.sources.get(name) == "fsdp2.yaml")
-            with problems.of(name if in_file else None, author):
+            with problems.of(name if in_file else None, author) as problem:
                 if name == "ignored_modules":
                     _check_ignored(plan, modules[path], path)
                     continue
@@ -51,6 +54,11 @@ def check_modules(
                     _check_experts(plan, modules[path], path)
                 else:
                     _check_aligned(plan, modules[path], path, units)
+            if problem.found:  # what is wrong with each of 40 blocks is said of the first
+                same = (name, author, re.sub(r"\d+", "#", str(problems.errors[-1])))
+                if same in said:
+                    problems.errors.pop()
+                said.add(same)
 
 
 def _check_ignored(plan: ShardingPlan, module: nn.Module, path: str) -> None:
@@ -121,6 +129,7 @@ def _check_experts(plan: ShardingPlan, module: nn.Module, path: str) -> None:
             f'moe_modules: the parameters of "{shown}" do not agree on a number of experts in dimension 0 ({listed}); '
             "name the module that holds the experts alone."
         )
+    check_form(module, shown)
     number = next(iter(counts.values()))
     if number % size:
         allowed = _divisors(number)
@@ -253,12 +262,11 @@ def _check_owners(plan: ShardingPlan, root: nn.Module, problems: Problems) -> No
 
 def _check_ranks(plan: ShardingPlan, ranks: int, shards: int, problems: Problems) -> None:
     reshard, experts = plan.reshard_after_forward, plan.expert_parallel_size
-    with problems.of("reshard_after_forward"):
+    by_policy = plan.sources.get("reshard_after_forward") == "policy"
+    with problems.of(None if by_policy else "reshard_after_forward"):
         if not isinstance(reshard, bool) and shards % reshard:
-            raise ShardingError(
-                f"reshard_after_forward: {reshard} does not divide the {shards} ranks that share the parameters; use true, "
-                f"false or one of {_divisors(shards)}."
-            )
+            place = f"policy of {plan.full_path('') or 'the model'}, " if by_policy else ""
+            raise ShardingError(place + reshard_problem(reshard, shards))
     with problems.of("expert_parallel_size"):
         if ranks % experts:
             raise ShardingError(
@@ -273,6 +281,18 @@ def _check_ranks(plan: ShardingPlan, ranks: int, shards: int, problems: Problems
                 f"expert_parallel_size: groups of {experts} ranks do not fit into the {shards} ranks of sharding_size, nor "
                 f"these into them; use one of {fitting}."
             )
+
+
+def reshard_problem(reshard: int, shards: int) -> str:
+    """The error of a number in `reshard_after_forward` that does not divide the ranks of `sharding_size`."""
+    numbers = [str(n) for n in range(2, shards + 1) if shards % n == 0]
+    allowed = (
+        f"true, false or {'one of ' if len(numbers) > 1 else ''}{', '.join(numbers)}"
+        if numbers
+        else "true or false"
+    )
+    ranks = f"the {shards} ranks that share" if shards > 1 else "the one rank that holds"
+    return f"reshard_after_forward: {reshard} does not divide {ranks} the parameters; use {allowed}."
 
 
 def _divisors(number: int) -> str:

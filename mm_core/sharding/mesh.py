@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mm_core.accelerator import Accelerator
+from mm_core.sharding.fitness import reshard_problem
 from mm_core.sharding.plan import ShardingError
 
 if TYPE_CHECKING:
@@ -33,10 +34,7 @@ def shard_size(fsdp2: Fsdp2Config, world_size: int) -> int:
         )
     reshard = fsdp2.reshard_after_forward
     if not isinstance(reshard, bool) and size % reshard:
-        raise ShardingError(
-            f"reshard_after_forward: {reshard} does not divide the {size} ranks that share the parameters; "
-            f"use true, false or one of {_divisors(size)}."
-        )
+        raise ShardingError(reshard_problem(reshard, size))
     return size
 
 

@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from mm_core.sharding.plan import ALIGNED, ShardingPlan, bare_name, is_inside
+from mm_core.sharding.plan import ALIGNED, ShardingError, ShardingPlan, bare_name, is_inside
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Participation:
         modules = {
             bare_name(n): m for n, m in reversed(list(root.named_modules())) if isinstance(m, FSDPModule)
         }
-        grouped = {path: modules.pop(path) for path in plan.aligned if path in modules}
+        self.grouped = grouped = {path: modules.pop(path) for path in plan.aligned if path in modules}
         units = {path: _Unit(path, module, self) for path, module in modules.items()}
         order = {unit.path: i for i, unit in enumerate(plan.units)}
         for path in sorted(units, key=lambda path: (order.get(path, len(order)), path)):
@@ -84,13 +84,13 @@ class Participation:
                 units[path].hang_below(units[max(above, key=len)])
         self.root = units[""]
         together = _Unit(ALIGNED, None, self)
-        for path, module in grouped.items():
-            units[max((p for p in units if is_inside(path, p)), key=len)].grouped.append(module)
+        for module in grouped.values():
             together.watch(module)
         self.units = [*units.values(), together]
         self._deal_parameters(root, plan, {**units, ALIGNED: together})
         for unit in units.values():
             unit.hook()
+        self.ran: set[nn.Module] = set()  # of the grouped modules, in this pass
         self._used: set[str] = set()
         self._settled: set[_Unit] = set()
 
@@ -141,7 +141,6 @@ class _Unit:
         self.module = module
         self.parent: _Unit | None = None
         self.children: list[_Unit] = []
-        self.grouped: list[nn.Module] = []  # modules inside that belong to the unit of aligned modules
         self.slots: list[tuple[str, nn.Module, str]] = []  # full name, owner and attribute of each parameter
         self.touching = False
         self.anchor: torch.Tensor | None = None
@@ -186,6 +185,7 @@ class _Unit:
             for correct in self.whole.corrections:
                 correct()
             self.whole.corrections.clear()
+            self.whole.ran.clear()
         self.open, self.next, self.latest, self.pending = True, 0, None, None
         self.touched.clear()
 
@@ -215,6 +215,10 @@ class _Unit:
         if self.touching or not self.open:
             return None
         self.open = False
+        if self.parent is None:
+            missing = next((path for path, m in self.whole.grouped.items() if m not in self.whole.ran), None)
+            if missing is not None:
+                raise _not_in_the_group(missing)
         if self.next < len(self.children):
             self.touch(self.children[self.next :])
         if self.pending is None:
@@ -229,6 +233,8 @@ class _Unit:
         flows = self.parent is not None and self.flows
         chain = self.pending if self.pending is not None else self.whole.start(flows)
         for unit in units:
+            if any(is_inside(path, unit.path) for path in self.whole.grouped):
+                raise _not_in_the_group(unit.path)
             chain = unit.pass_by(chain)
             self.touched.add(unit)
         self.pending = chain if chain.requires_grad else None
@@ -249,8 +255,6 @@ class _Unit:
     def _nothing(self, chain: torch.Tensor) -> torch.Tensor:
         for child in self.children:
             chain = child.pass_by(chain)
-        for module in self.grouped:
-            chain = _call_instead(module, _scaled, chain)
         return _scaled(chain)
 
     def correct(self, child: _Unit) -> None:
@@ -302,10 +306,20 @@ class _Unit:
         return args, kwargs
 
     def _tie_anchor(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self.path == ALIGNED:
+            self.whole.ran.add(module)
         anchor, self.anchor = self.anchor, None
         if anchor is None:
             return None
         return _join(anchor, output)[0]
+
+
+def _not_in_the_group(path: str) -> ShardingError:
+    # Where the group is gathered and reduced depends on which of its modules run.
+    return ShardingError(
+        f"align_fsdp_param_groups: true gathers modules of {path} together with others, and this micro batch runs the "
+        "others without them, so that ranks would wait for each other for ever; write false."
+    )
 
 
 class _Join(torch.autograd.Function):

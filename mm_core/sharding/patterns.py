@@ -98,7 +98,9 @@ class Problems:
                 yield block
         except PlanError as error:
             block.found = True
-            self.errors += error.errors if isinstance(error, CombinedPlanError) else [error]
+            kept = error.errors if isinstance(error, CombinedPlanError) else [error]
+            # A traceback would keep what the frames held, such as all names of a long range.
+            self.errors += [one.with_traceback(None) for one in kept]
 
     def raise_any(self) -> None:
         """Raise what was collected: the error if there is one, or `CombinedPlanError`."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Literal
+
+from mm_core.config.findings import show
+from mm_core.config.patterns import syntax_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +59,49 @@ class ShardingPolicy:
     num_to_forward_prefetch: int | None = None
     num_to_backward_prefetch: int | None = None
     align_fsdp_param_groups: bool | None = None
+
+
+def policy_problem(policy: ShardingPolicy) -> str | None:
+    """Return what is wrong with the types and values of a policy, which Python does not check: a part of a sentence that
+    begins with the field; None if nothing is. Whether the modules exist is the plan's to find out.
+    """
+    from mm_core.config.document import Document
+    from mm_core.config.fsdp2 import Fsdp2Config
+    from mm_core.config.section import check_section
+
+    written = {}
+    for one in fields(policy):
+        value = getattr(policy, one.name)
+        if one.name == "aliases":
+            problem = _aliases_problem(value)
+        elif str(one.type).startswith("tuple"):
+            problem = _names_problem(value, patterns=one.name != "fp32_inputs")
+        else:
+            problem = None
+            if value is not None:
+                written[one.name] = value
+        if problem is not None:
+            return f"{one.name}: {problem}"
+    for finding in check_section(Fsdp2Config, Document.from_data(written)).findings:
+        if finding.level == "error":
+            return f"{finding.message}. {finding.suggestion}".removesuffix(" ").removesuffix(".")
+    return None
+
+
+def _names_problem(value: object, *, patterns: bool) -> str | None:
+    if isinstance(value, str):
+        return f"{show(value)} is one text, expected a tuple of them; write ({show(value)},)"
+    if not isinstance(value, tuple | list):
+        return f"{show(value)} is of type {type(value).__name__}, expected a tuple of texts"
+    for item in value:
+        if not isinstance(item, str):
+            return f"{show(item)} is of type {type(item).__name__}, expected a text"
+        if patterns and (problem := syntax_problem(item)) is not None:
+            return f"{show(item)}: {problem}"
+    return None
+
+
+def _aliases_problem(value: object) -> str | None:
+    if not isinstance(value, Mapping):
+        return f"{show(value)} is of type {type(value).__name__}, expected a mapping from their paths to ours"
+    return _names_problem((*value, *value.values()), patterns=True)

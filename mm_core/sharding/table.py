@@ -71,17 +71,18 @@ def plan_table(plan: ShardingPlan, shards: int, ranks: int | None = None) -> Tab
         box=box.SIMPLE_HEAD,
         show_footer=True,
         pad_edge=False,
+        collapse_padding=True,
     )
     numel = sum(row["numel"] for row in rows)
     table.add_column("unit", "total", overflow="fold")
     for name, total in (
         ("parameters", human_count(numel)),
         ("per rank", human_bytes(peak.shards)),
-        ("+ gradients, AdamW", human_bytes(peak.stored)),
+        ("+ gradients,\nAdamW", human_bytes(peak.stored)),
         ("gathered", ""),
     ):
         table.add_column(name, total, justify="right")
-    for name in ("dtype", "recompute", "offload", "reshard", "prefetch fwd / bwd"):
+    for name in ("dtype", "recompute", "offload", "reshard", "prefetch\nfwd / bwd"):
         table.add_column(name)
     for run in folded(rows):
         row = run.row

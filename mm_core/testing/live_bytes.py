@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -16,14 +17,22 @@ class LiveBytes(TorchDispatchMode):
 
     Tensors on the meta device take nothing. What a kernel allocates and frees inside one operation is not seen.
 
+    Args:
+        ignored: tensors that do not count, such as a model's parameters.
+        ignored_results: operations whose results do not count.
+
     Attributes:
         peak: the most that were alive at once since the last `reset_peak()`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ignored: Iterable[torch.Tensor] = (), ignored_results: Collection[Any] = ()) -> None:
         super().__init__()
         self.peak = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._ignored: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._ignored_results = ignored_results
+        for tensor in ignored:
+            self._watch(tensor, self._ignored)
 
     @property
     def now(self) -> int:
@@ -42,13 +51,18 @@ class LiveBytes(TorchDispatchMode):
         if any(issubclass(cls, DTensor) for cls in types):
             return NotImplemented  # its local tensors come by here
         result = func(*args, **(kwargs or {}))
+        if func in self._ignored_results:
+            for leaf in tree_leaves(result):
+                self._watch(leaf, self._ignored)
         for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
-                self._watch(leaf.untyped_storage())
+            self._watch(leaf, self._storages)
         self.peak = max(self.peak, self.now)
         return result
 
-    def _watch(self, storage: torch.UntypedStorage) -> None:
+    def _watch(self, tensor: Any, storages: dict[int, weakref.ref[torch.UntypedStorage]]) -> None:
+        if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+            return
+        storage = tensor.untyped_storage()
         key = id(storage)  # one object as long as the memory lives
-        if key not in self._storages:
-            self._storages[key] = weakref.ref(storage, lambda _: self._storages.pop(key, None))
+        if key not in storages and key not in self._ignored:
+            storages[key] = weakref.ref(storage, lambda _: storages.pop(key, None))

@@ -128,6 +128,8 @@ def _plans(
     try:
         plans = check_patterns(job.components, predictors, job.fsdp2, document, ranks=job.ranks)
         shards = job.fsdp2.shard_group_size(job.ranks) if job.ranks is not None else 1
+        if job.ranks is not None and job.ranks % shards:
+            return plans  # said by the ordinary check; a table of it would be of no run
         report.tables += plan_texts(plans, shards, job.ranks)
         report.sharding += [plan.as_dict(shards, job.ranks) for plan in plans.values()]
     except ConfigError as error:

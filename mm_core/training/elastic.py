@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -23,15 +22,20 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousHandler,
+    RendezvousParameters,
+)
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from mm_core.config import TrainFlags
 from mm_core.config.document import expanded
-from mm_core.config.flags import rendezvous_settings
-from mm_core.training.failures import describe_exit, keep_output, log_file
+from mm_core.config.flags import rendezvous_settings, split_endpoint
+from mm_core.training.failures import describe_exit, keep_output
 from mm_core.training.launch import EXIT_USER, PARENT, shared_threads
 from mm_core.training.meeting import LaunchError
 from mm_core.training.stop import EXIT_TERMINATED
@@ -61,26 +65,32 @@ def run_elastic(flags: TrainFlags, argv: Sequence[str]) -> int:
     for name in list(logging.root.manager.loggerDict):  # torch gives each of its modules a level of its own
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # what it would say is said below
-    outputs = Path(tempfile.mkdtemp(prefix="mm-train-"))
     variables = {PARENT: str(os.getpid()), "MM_JOB": job, **shared_threads(flags.nproc_per_node or 1)}
     # The agent would kill ranks that take longer to save; and only signals that it need not know of are its own.
     os.environ.update(variables, TORCHELASTIC_SIGNALS_TO_HANDLE="SIGHUP,SIGQUIT")
-    handler = _rendezvous(flags, job)
-    _warn_of_batches(flags)
-    agent = _Agent(_spec(flags, argv, handler), _logs(flags, outputs), flags)
-    before = signal.signal(signal.SIGTERM, agent.stop)
     try:
-        result = agent.run()
+        _warn_of_batches(flags)
+        with tempfile.TemporaryDirectory(prefix="mm-train-", ignore_cleanup_errors=True) as outputs:
+            return _run(flags, _rendezvous(flags, job), argv, outputs)
     except RendezvousError as error:
         raise LaunchError(_not_met(flags, error)) from error
     finally:
+        log.removeHandler(console)
+
+
+def _run(flags: TrainFlags, handler: RendezvousHandler, argv: Sequence[str], outputs: str) -> int:
+    agent = _Agent(_spec(flags, argv, handler), _logs(flags, outputs), flags)
+    before = signal.signal(signal.SIGTERM, agent.stop)
+    try:
+        result: RunResult | None = agent.run()
+    except SignalException as error:  # the terminal was closed; the ranks have ended
+        return 128 + error.sigval
+    finally:
         signal.signal(signal.SIGTERM, before)
         handler.shutdown()
-        shutil.rmtree(outputs, ignore_errors=True)
-        log.removeHandler(console)
-    if agent.stopped:
-        return EXIT_TERMINATED
-    return agent.exit_code if result.is_failed() else 0
+    if result is not None and result.is_failed():
+        return agent.exit_code
+    return EXIT_TERMINATED if agent.stopped else 0
 
 
 class _Agent(LocalElasticAgent):
@@ -125,6 +135,10 @@ class _Agent(LocalElasticAgent):
         codes = [failure.exitcode for _, failure in failures]
         self._pids = {}
         if EXIT_TERMINATED in codes and all(code in _STOPPED for code in codes):
+            if not self.stopped and worker_group.spec.rdzv_handler.num_nodes_waiting() > 0:
+                return RunResult(
+                    state=WorkerState.HEALTHY
+                )  # for a machine that joins; the agent looks itself
             self.stopped = True  # the ranks agreed to, here or on another machine
             ranks = [worker.global_rank for worker in worker_group.workers]
             return RunResult(state=WorkerState.SUCCEEDED, return_values=dict.fromkeys(ranks))
@@ -132,6 +146,9 @@ class _Agent(LocalElasticAgent):
         if self.stopped or EXIT_USER in codes or 130 in codes:
             left = self._remaining_restarts = 0
             self.exit_code = EXIT_USER if EXIT_USER in codes else 1
+            if self.stopped and all(code in _STOPPED for code in codes):
+                self.exit_code = EXIT_TERMINATED  # before they had anything to save
+                return result
         self._tell(failures, left)
         return result
 
@@ -157,8 +174,6 @@ class _Agent(LocalElasticAgent):
         if failure.exitcode in (EXIT_USER, *_STOPPED) or failure.local_rank == 0:
             return
         logs = run / "logs" if run is not None else None
-        if logs is not None and log_file(logs, rank).exists():
-            return
         folder = Path(
             failure.error_file
         ).parent  # of this rank and start; torch keeps its output beside the error
@@ -194,35 +209,34 @@ def _spec(flags: TrainFlags, argv: Sequence[str], handler: Any) -> WorkerSpec:
     )
 
 
-def _logs(flags: TrainFlags, outputs: Path) -> DefaultLogsSpecs:
+def _logs(flags: TrainFlags, outputs: str) -> DefaultLogsSpecs:
     """The first rank of a machine prints to the console; the others into files, until they have a log."""
     others = range(1, flags.nproc_per_node or 1)
-    return DefaultLogsSpecs(str(outputs), redirects=dict.fromkeys(others, Std.ALL))
+    return DefaultLogsSpecs(outputs, redirects=dict.fromkeys(others, Std.ALL))
 
 
-def _rendezvous(flags: TrainFlags, job: str) -> Any:
+def _rendezvous(flags: TrainFlags, job: str) -> RendezvousHandler:
     least, most = flags.machines
     settings: dict[str, Any] = dict(rendezvous_settings(flags.rdzv_conf or "")[0])
     seconds = 60 * flags.distributed_timeout_minutes
     settings.setdefault("join_timeout", settings.get("timeout", seconds))
-    endpoint = flags.rdzv_endpoint
-    if endpoint is None and flags.master_addr is not None:
-        endpoint = f"{flags.master_addr}:{flags.master_port or _PORT}"
-    if endpoint is None or most == 1:
+    host, port = split_endpoint(flags.rdzv_endpoint or "")
+    host, port = host or flags.master_addr, port or flags.master_port or _PORT
+    endpoint = f"[{host}]:{port}" if ":" in (host or "") else f"{host}:{port}"
+    if host is None or most == 1:
         endpoint, settings["is_host"] = "localhost:0", True
-    elif ":" not in endpoint:
-        endpoint = f"{endpoint}:{flags.master_port or _PORT}"
     parameters = RendezvousParameters(
         "c10d", endpoint, job, least, most, local_addr="localhost" if most == 1 else None, **settings
     )
-    try:
-        return get_rendezvous_handler(parameters)
-    except RendezvousError as error:
-        raise LaunchError(_not_met(flags, error)) from error
+    return get_rendezvous_handler(parameters)
 
 
 def _not_met(flags: TrainFlags, error: Exception) -> str:
     where = flags.rdzv_endpoint or flags.master_addr or "this machine"
+    if isinstance(error, RendezvousClosedError):
+        return (
+            f"--rdzv-id {flags.rdzv_id}: the job has ended on another machine; look at what that one printed."
+        )
     least, most = flags.machines
     machines = f"{least} to {most} machines" if most > least else f"{most} machine{'s' if most > 1 else ''}"
     return (

@@ -109,6 +109,9 @@ def output_to_log(logs: Path, rank: int) -> None:
     log = os.open(log_file(logs, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     if before:
         os.write(log, before)
+        for descriptor in (1, 2):
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.ftruncate(descriptor, 0)  # what a rank leaves in there is in no log
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)

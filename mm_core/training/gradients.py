@@ -10,11 +10,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
 
+@torch.no_grad()  # in which the local part of a DTensor costs nothing
 def scale_and_clip(
     parameters: Iterable[torch.nn.Parameter], scale: torch.Tensor, max_norm: float
 ) -> torch.Tensor:
@@ -31,30 +33,47 @@ def scale_and_clip(
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros((), device=scale.device)
-    norm = _total_norm(grads).to(scale.device) * scale
+    own = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    norm = _total_norm(grads, own, scale.device) * scale
     factor = scale
     if max_norm > 0:
         factor = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for grad in grads:
-        own = grad.to_local() if isinstance(grad, DTensor) else grad
-        by_device.setdefault(own.device, []).append(own)
+    for part in own:
+        by_device.setdefault(part.device, []).append(part)
     for device, own_grads in by_device.items():
         # Offloaded gradients lie on the CPU, and a kernel over a list takes no scalar of another device.
         torch._foreach_mul_(own_grads, factor.to(device))
     return norm
 
 
-def _total_norm(grads: list[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all of them as one vector, 0-d fp32, the same on every rank.
+def _total_norm(grads: list[torch.Tensor], own: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The 2-norm of all gradients as one vector, 0-d fp32, the same on every rank.
 
-    Experts live on another mesh than the rest, and unsharded parameters on none: torch takes no mixed lists.
+    Experts live on another mesh than the rest, and unsharded parameters on none: torch takes no mixed lists. It also
+    leads each of many small operations through DTensor; here are one list and one number for each way to shard.
+
+    Args:
+        own: what this rank holds of each.
     """
-    norms = [torch.nn.utils.get_total_norm(part) for part in by_mesh(grads, grads)]
-    whole = [(norm.full_tensor() if isinstance(norm, DTensor) else norm).float() for norm in norms]
-    if len(whole) == 1:
-        return whole[0]
-    return torch.linalg.vector_norm(torch.stack([norm.to(whole[0].device) for norm in whole]))
+    lists: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+    for grad, part in zip(grads, own, strict=True):
+        place = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else (None, ())
+        lists.setdefault((part.device, *place), []).append(part)
+    squares: dict[tuple[dist.ProcessGroup, ...], torch.Tensor] = {}
+    for (_, mesh, placements), parts in lists.items():
+        groups = tuple(
+            mesh.get_group(i)
+            for i, placement in enumerate(placements)
+            if not placement.is_replicate() and mesh.size(i) > 1
+        )
+        norms = torch._foreach_norm(parts, 2, dtype=torch.float32)
+        square = torch.stack(norms).square().sum().to(device)
+        squares[groups] = squares[groups] + square if groups in squares else square
+    for groups, square in squares.items():
+        for group in groups:
+            dist.all_reduce(square, group=group)
+    return torch.stack(list(squares.values())).sum().sqrt()
 
 
 def by_mesh(items: Sequence[T], tensors: Sequence[torch.Tensor]) -> list[list[T]]:

@@ -25,6 +25,7 @@ import torch
 from mm_core.config import TrainFlags
 from mm_core.config.document import expanded
 from mm_core.config.environment import launched, read, whole_number
+from mm_core.config.flags import split_endpoint
 from mm_core.training.failures import describe_exit, keep_output, log_file, tail
 from mm_core.training.lifeline import Lifeline
 from mm_core.training.meeting import Place, refuse
@@ -79,6 +80,10 @@ def check_launch(flags: TrainFlags) -> None:
         value = "0" if value is None else value
         if not (value.isascii() and value.isdigit()):
             raise UserError(f"{name}={value} in the environment is no number; torchrun sets it, or unset it.")
+        if name == "MASTER_PORT" and int(value) > 65535:
+            raise UserError(
+                f"MASTER_PORT={value} in the environment is no port; use 1 to 65535, or unset it."
+            )
     if not started_by_launcher():
         if flags.machines[1] > 1 and not flags.elastic and _address(flags) is None:
             raise UserError(
@@ -175,7 +180,8 @@ class LocalRanks:
         if self.lifeline is not None and self.lifeline.holds:
             # The first failure of the job may be another one. This process leaves with it, by main thread or lifeline.
             self.lifeline.report("user" if code == EXIT_USER else "ended", f"it {words}", rank=rank)
-            return
+            if self.lifeline.first is not None:
+                return
         self._stopping.set()
         sys.stderr.write(f"\nerror: rank {rank} {words}\n")
         sys.stderr.flush()
@@ -233,17 +239,20 @@ def refuse_machine(flags: TrainFlags, text: str) -> None:
 
 def _address(flags: TrainFlags) -> str | None:
     """Where the machines meet: `--master-addr`, the host of `--rdzv-endpoint`, or MASTER_ADDR."""
-    endpoint = (flags.rdzv_endpoint or "").partition(":")[0]
-    return (
-        flags.master_addr or endpoint or read("MASTER_ADDR") if flags.machines[1] > 1 else flags.master_addr
-    )
+    if flags.machines[1] == 1:
+        return flags.master_addr
+    return flags.master_addr or split_endpoint(flags.rdzv_endpoint or "")[0] or read("MASTER_ADDR")
 
 
 def _port(flags: TrainFlags) -> int | None:
-    endpoint = (flags.rdzv_endpoint or "").rpartition(":")[2]
-    if flags.master_port or flags.machines[1] == 1:
+    if flags.machines[1] == 1:
         return flags.master_port
-    return int(endpoint) if endpoint.isdigit() else whole_number("MASTER_PORT", 0)
+    return (
+        flags.master_port
+        or split_endpoint(flags.rdzv_endpoint or "")[1]
+        or whole_number("MASTER_PORT", 0)
+        or None
+    )
 
 
 def _free_port() -> int:

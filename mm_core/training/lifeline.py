@@ -22,13 +22,17 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
-from mm_core.training.meeting import LaunchError, Place
+from mm_core.training.meeting import LaunchError, Place, rank_0_left
 
 log = logging.getLogger(__name__)
 
 _GATHER = 0.7  # seconds in which rank 0 gathers what happened at once
 _GRACE = 4.0  # seconds for the main thread to leave by itself
 _LONGEST = 64 * 1024  # bytes of one message
+_TEXT = 8192  # characters of one report; JSON makes at most 6 bytes of one
+_GREETING = 1024  # bytes before a connection has shown that it is a rank's
+_STRANGERS = 32  # connections that may be waiting to show it, beside one for each rank
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _LOST = "its process ended without a word: it was killed, or its machine is gone"
 
 #: How much a report tells, least first: an end of a connection, an exit code, an error.
@@ -79,7 +83,10 @@ class Lifeline:
         self._server = _Server(place) if place.rank == 0 else None
         if self._server is not None:
             store.set("lifeline", json.dumps([*self._server.address, self._server.token]))
-        host, port, token = json.loads(store.get("lifeline"))
+        try:
+            host, port, token = json.loads(store.get("lifeline"))
+        except dist.DistError as error:
+            raise LaunchError(rank_0_left(place)) from error
         try:
             self._socket = socket.create_connection((host, port), timeout=60)
         except OSError as error:
@@ -91,7 +98,7 @@ class Lifeline:
         _keep_alive(self._socket)
         # A copy in a forked process, such as one that loads data, would keep the connection of a dead rank open.
         os.register_at_fork(after_in_child=self._socket.close)
-        self._send({"token": token, "rank": self.rank, "host": self.host})
+        self._send({"rank": self.rank, "host": self.host}, token.encode() + b" ")
         self._thread = threading.Thread(target=self._listen, name="lifeline", daemon=True)
         self._thread.start()
 
@@ -100,7 +107,9 @@ class Lifeline:
 
         It is this one when rank 0 does not answer in time.
         """
-        mine = Failure(self.rank if rank is None else rank, self.host, kind, text[-_LONGEST // 8 :])
+        if len(text) > _TEXT:  # an error's message is its first line, and its place the last ones
+            text = f"{text[: _TEXT // 4]}\n…\n{text[-_TEXT // 2 :]}"
+        mine = Failure(self.rank if rank is None else rank, self.host, kind, text)
         self._send({"failure": asdict(mine)})
         self._told.wait(_GATHER + 2.0)
         return self.first or mine
@@ -124,10 +133,10 @@ class Lifeline:
         """Leave the process to its main thread, which has told of the failure."""
         self._closed.set()
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any], greeting: bytes = b"") -> None:
         try:
             with self._sending:
-                self._socket.sendall(json.dumps(message).encode() + b"\n")
+                self._socket.sendall(greeting + _written(message))
         except OSError as error:
             log.debug("the lifeline is cut: %s", error)  # whoever reads at its end finds out, too
 
@@ -146,14 +155,17 @@ class Lifeline:
 
 
 class _Server:
-    """Rank 0's side: hears every rank, and tells all of them the first failure."""
+    """Rank 0's side: hears every rank, and tells all of them the first failure.
+
+    Its port is open to whoever reaches the machine. A connection is a rank's once its first line began with the token, which
+    only the store of the job has; until then nothing of it is read but that line, and what it sends changes nothing.
+    """
 
     def __init__(self, place: Place) -> None:
         self.token = secrets.token_hex(16)
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        self._listener = socket.create_server(("", 0), family=family, backlog=4096, dualstack_ipv6=both)
+        self._listener = _listener(place)
         self.address = (_own_address(place), self._listener.getsockname()[1])
+        self._strangers = place.world_size + _STRANGERS
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._parts: dict[socket.socket, bytes] = {}
@@ -182,15 +194,25 @@ class _Server:
         while not self._stopping.is_set():
             for key, _ in self._selector.select(timeout=0.1):
                 if key.fileobj is self._listener:
-                    connection, _ = self._listener.accept()
-                    _keep_alive(connection)
-                    self._parts[connection] = b""
-                    self._selector.register(connection, selectors.EVENT_READ)
+                    self._accept()
                 elif isinstance(key.fileobj, socket.socket):
                     self._receive(key.fileobj)
             if self._reports and time.monotonic() > self._until:
                 self._tell({"first": asdict(_first(self._reports))})
                 return  # the connections stay open until the process ends: their end would mean that it was killed
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+            _keep_alive(connection)
+        except OSError as error:  # it is gone again, or there are too many open files
+            log.debug("a connection was not accepted: %s", error)
+            time.sleep(0.01)
+            return
+        self._parts[connection] = b""
+        self._selector.register(connection, selectors.EVENT_READ)
+        if len(self._parts) - len(self._ranks) > self._strangers:
+            self._forget(next(other for other in self._parts if other not in self._ranks))
 
     def _receive(self, connection: socket.socket) -> None:
         try:
@@ -205,19 +227,22 @@ class _Server:
             return
         *lines, self._parts[connection] = (self._parts[connection] + data).split(b"\n")
         for line in lines:
-            message = _parsed(line)
             if connection not in self._ranks:
-                if not secrets.compare_digest(str(message.get("token")), self.token):
+                token, _, line = line.partition(b" ")
+                if not secrets.compare_digest(token, self.token.encode()):
                     self._forget(connection)  # no rank of this job
                     return
+                message = _parsed(line)
                 self._ranks[connection] = (int(message["rank"]), str(message["host"]))
-            elif "bye" in message:
+                continue
+            message = _parsed(line)
+            if "bye" in message:
                 del self._ranks[connection]
                 self._forget(connection)
                 return
             elif "failure" in message:
                 self._note(Failure(**message["failure"]))
-        if len(self._parts.get(connection, b"")) > _LONGEST:
+        if len(self._parts[connection]) > (_LONGEST if connection in self._ranks else _GREETING):
             self._forget(connection)
 
     def _note(self, failure: Failure) -> None:
@@ -232,7 +257,7 @@ class _Server:
         connection.close()
 
     def _tell(self, message: dict[str, Any]) -> None:
-        text = json.dumps(message).encode() + b"\n"
+        text = _written(message)
         own = None
         for connection, (rank, _) in self._ranks.items():
             if rank == 0:
@@ -248,6 +273,16 @@ def _first(reports: list[Failure]) -> Failure:
     causes = [report for report in reports if report.kind != "follow-up"] or reports
     same = [report for report in reports if report.rank == causes[0].rank]
     return max(same, key=lambda report: _TELLING.index(report.kind))
+
+
+def _listener(place: Place) -> socket.socket:
+    """A port of this machine, for other machines only if there are any."""
+    if place.address in _LOOPBACK:
+        family = socket.AF_INET6 if ":" in place.address else socket.AF_INET
+        return socket.create_server((place.address, 0), family=family, backlog=4096)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=4096, dualstack_ipv6=both)
 
 
 def _own_address(place: Place) -> str:
@@ -284,6 +319,10 @@ def _messages(connection: socket.socket) -> Any:
             return
         *lines, rest = (rest + data).split(b"\n")
         yield from map(_parsed, lines)
+
+
+def _written(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, ensure_ascii=False).encode(errors="replace") + b"\n"
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

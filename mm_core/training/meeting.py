@@ -80,11 +80,19 @@ def meet(place: Place, timeout: timedelta, *, refusal: str = "") -> dist.Store:
         refusal: why this rank cannot take part; the others raise it.
 
     Raises:
-        LaunchError: the store is out of reach, or ranks did not come in time; the message names address and port, and
-            who is missing.
-        UserError: a rank refused to take part, two have the same number, or they disagree on how many there are.
+        LaunchError: the store is out of reach or goes away, or ranks did not come in time; the message names address and
+            port, and who is missing.
+        UserError: a rank refused to take part, two have the same number, they disagree on how many there are, or the
+            address or the port is no good one.
     """
     store = dist.PrefixStore(f"mm/{place.attempt}", _open(place, timeout))
+    try:
+        return _meet_at(store, place, timeout, refusal)
+    except dist.DistError as error:
+        raise LaunchError(rank_0_left(place)) from error
+
+
+def _meet_at(store: dist.Store, place: Place, timeout: timedelta, refusal: str) -> dist.Store:
     host = socket.gethostname()
     refusal = refusal or _misfit(store, place, host)
     if refusal:
@@ -129,20 +137,30 @@ def _open(place: Place, timeout: timedelta) -> dist.Store:
             wait_for_workers=False, multi_tenant=place.hosts_store,
         )  # fmt: skip
     except dist.DistError as error:
-        raise LaunchError(_unreachable(place, timeout, str(error))) from error
+        raise _unreachable(place, timeout, str(error)) from error
 
 
-def _unreachable(place: Place, timeout: timedelta, detail: str) -> str:
+def rank_0_left(place: Place) -> str:
+    """What a rank says whose store, which rank 0 or its launcher keeps, went away before the job began."""
+    return (
+        f"rank {place.rank} lost the connection to {place.address}, port {place.port}, while the job was starting: rank 0 "
+        "or what started it has ended; look at what it printed."
+    )
+
+
+def _unreachable(place: Place, timeout: timedelta, detail: str) -> UserError:
     where = f"{place.address}, port {place.port}"
     if "EADDRINUSE" in detail or "address already in use" in detail:
-        return (
+        return UserError(
             f"--master-port {place.port}: another process of this machine has this port, perhaps another job, or this one "
             "started twice with the same --node-rank; choose another port, the same on each machine."
         )
     if "EADDRNOTAVAIL" in detail:
-        return f"--master-addr {place.address}: rank 0 must run on this machine, which has no such address."
+        return UserError(
+            f"--master-addr {place.address}: rank 0 must run on this machine, which has no such address."
+        )
     first = "" if place.rank else " This is rank 0, which serves there: is the address one of this machine?"
-    return (
+    return LaunchError(
         f"rank {place.rank} found nobody at {where}, within {_minutes(timeout)}: --master-addr and --master-port must be those "
         f"of the machine with --node-rank 0, where the job must have been started, and reachable from here.{first}"
     )

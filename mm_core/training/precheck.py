@@ -158,6 +158,8 @@ def check_patterns(
     try:
         plans = build_plans(predictors, policies, fsdp2, composite)
         shards = ranks if ranks is None else fsdp2.shard_group_size(ranks)
+        if ranks is not None and shards is not None and ranks % shards:
+            ranks = shards = None  # said elsewhere, and nothing can be counted with it
         for name, plan in plans.items():
             check_plan(plan, predictors[name], ranks=ranks, shards=shards)
         return plans

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from mm_core.accelerator import Accelerator
 from mm_core.config import TrainFlags, TrainingJob, load_training_job
 from mm_core.config.args import clear_args, set_args
 from mm_core.config.document import expanded
+from mm_core.config.environment import read, whole_number
 from mm_core.data import build_dataset
 from mm_core.observe.console import setup_logging
 from mm_core.training.consensus import agree_on_job, prepared_together
@@ -26,11 +28,11 @@ from mm_core.training.launch import (
 )
 from mm_core.training.membership import Membership
 from mm_core.training.precheck import check_build
-from mm_core.training.restart import continue_own_run, job_token
 from mm_core.training.run_folder import RunFolder
 from mm_core.training.stop import EXIT_TERMINATED, StopSignal
 from mm_core.training.trainer import Trainer
 from mm_core.weights import is_hf_folder, resolve_load
+from mm_core.weights.layout import latest_checkpoint
 from mm_registry import default_manager
 from mm_registry.errors import UserError
 
@@ -123,7 +125,7 @@ def _train_rank(job: TrainingJob, dataset: Any, member: Membership) -> int:
     try:
         agree_on_job(job)
         if run is not None:
-            job = continue_own_run(job, run)
+            job = _continue_own_run(job, run)
             set_args(job)
         removed = _open(run, job, rank)
         if run is not None:
@@ -157,7 +159,7 @@ def _open(run: RunFolder | None, job: TrainingJob, rank: int) -> list[str]:
     message = [""]
     if rank == 0:
         try:
-            removed = run.open(continued=_continued(run, job), job=job_token())
+            removed = run.open(continued=_continued(run, job), job=_job_token())
         except UserError as error:
             message = [str(error)]
         except OSError as error:
@@ -167,6 +169,40 @@ def _open(run: RunFolder | None, job: TrainingJob, rank: int) -> list[str]:
     if message[0]:
         raise UserError(message[0])
     return removed
+
+
+def _job_token() -> str | None:
+    """The job that this rank belongs to, if its ranks may be started again."""
+    token = read("MM_JOB")
+    if token is not None or whole_number("TORCHELASTIC_MAX_RESTARTS", 0) == 0:
+        return token
+    token = read("TORCHELASTIC_RUN_ID")
+    if (
+        token == "none"
+    ):  # torchrun's default for each job; the folder of its outputs is new with each start of torchrun
+        token = Path(read("TORCHELASTIC_ERROR_FILE") or "").parent.parent.parent.name
+    return token or None
+
+
+def _continue_own_run(job: TrainingJob, run: RunFolder) -> TrainingJob:
+    """Return the job as it has to go on if its ranks were started again, by `mm train` or by torchrun: from the last
+    complete checkpoint of its own run, whatever `--load` named at first. Every rank calls this; rank 0 looks.
+    """
+    found: list[str | None] = [None]
+    if dist.get_rank() == 0 and run.belongs_to(_job_token()) and latest_checkpoint(run.path) is not None:
+        found[0] = str(run.path)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(found, src=0)
+    if found[0] is None:
+        return job
+    flags = job.flags
+    update = {
+        "load": found[0],
+        "finetune": False,
+        "no_load_optim": flags.no_save_optim,
+        "no_load_rng": flags.no_save_rng,
+    }
+    return dataclasses.replace(job, flags=flags.model_copy(update=update))
 
 
 def _continued(run: RunFolder, job: TrainingJob) -> Path | None:

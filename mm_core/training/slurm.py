@@ -8,14 +8,19 @@ once, is neither. This file imports no torch.
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mm_core.config import TrainFlags
 from mm_core.config.environment import launched, read, whole_number
+from mm_core.config.findings import clip
 from mm_registry.errors import UserError
 
+_MOST = 100_000  # machines; a list of more is a slip, and would fill the memory
+_HOST = re.compile(r"(?:\[[^\[\]]*\]|[^,\[\]\s])+")
+_HOSTS = re.compile(rf"{_HOST.pattern}(?:,{_HOST.pattern})*")
 _BRACKETS = re.compile(r"\[([^\]]*)\]")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 _COUNT = re.compile(r"(\d+)(?:\(x(\d+)\))?", re.ASCII)
@@ -50,37 +55,43 @@ class SlurmTask:
     job: str
 
 
-def expand_hosts(text: str) -> list[str]:
+def expand_hosts(text: str, variable: str = "SLURM_STEP_NODELIST") -> list[str]:
     """Expand a list of machines: `node[01-03,07],gpu-a` is node01, node02, node03, node07, gpu-a.
 
     Raises:
         UserError: it is no such list.
     """
-    hosts = []
-    for part in re.findall(r"(?:\[[^\]]*\]|[^,\[\]])+", text):
-        choices = []
-        for index, piece in enumerate(_BRACKETS.split(part)):
-            choices.append(_numbers(piece, text) if index % 2 else [piece])
-        hosts += ["".join(pieces) for pieces in itertools.product(*choices)]
-    if not hosts or text.count("[") != text.count("]"):
-        raise UserError(f'"{text}" is no list of machines as SLURM writes it, such as node[01-04,07],gpu-a.')
+    hosts: list[str] = []
+    try:
+        if not _HOSTS.fullmatch(text):
+            raise ValueError("a bracket or a name is missing")
+        for part in _HOST.findall(text):
+            pieces = _BRACKETS.split(part)
+            choices = [_numbers(piece) if index % 2 else [piece] for index, piece in enumerate(pieces)]
+            if math.prod(map(len, choices)) > _MOST:
+                raise ValueError(f"{part} would be more than {_MOST} machines")
+            hosts += ["".join(words) for words in itertools.product(*choices)]
+    except ValueError as error:
+        raise UserError(
+            f'{variable}="{clip(text)}" is no list of machines as SLURM writes it, such as node[01-04,07],gpu-a: {error}.'
+        ) from None
     return hosts
 
 
-def _numbers(text: str, whole: str) -> list[str]:
-    numbers = []
+def _numbers(text: str) -> list[str]:
+    numbers: list[str] = []
     for part in text.split(","):
         match = _RANGE.fullmatch(part)
         if match is None:
-            raise UserError(
-                f'"{whole}" is no list of machines: "{part}" is no number and no range such as 01-04.'
-            )
+            raise ValueError(f'"{clip(part)}" is no number and no range such as 01-04')
         first, last = match[1], match[2] or match[1]
+        if not 0 <= int(last) - int(first) < _MOST:
+            raise ValueError(f"{part} does not go up, or too far")
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers
 
 
-def expand_counts(text: str) -> list[int]:
+def expand_counts(text: str, variable: str = "SLURM_STEP_TASKS_PER_NODE") -> list[int]:
     """Expand tasks a machine: `2(x3),1` is 2, 2, 2, 1.
 
     Raises:
@@ -89,8 +100,10 @@ def expand_counts(text: str) -> list[int]:
     counts: list[int] = []
     for part in text.split(","):
         match = _COUNT.fullmatch(part)
-        if match is None:
-            raise UserError(f'"{text}" does not say how many tasks each machine has, such as 2(x3),1.')
+        if match is None or len(counts) + int(match[2] or 1) > _MOST:
+            raise UserError(
+                f'{variable}="{clip(text)}" does not say how many tasks each machine has, such as 2(x3),1.'
+            )
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
@@ -111,13 +124,17 @@ def slurm_task(environ: Mapping[str, str] | None = None) -> SlurmTask | None:
     task, node = whole_number("SLURM_PROCID", 0, environ), whole_number("SLURM_NODEID", 0, environ)
     if not 0 <= task < tasks:
         raise UserError(f"SLURM_PROCID={task} is outside {total}={tasks}; unset both outside of srun.")
-    listed = read("SLURM_STEP_NODELIST", environ) or read("SLURM_JOB_NODELIST", environ)
-    hosts = expand_hosts(listed) if listed else []
+    name, listed = _first_set(("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"), environ)
+    hosts = expand_hosts(listed, name) if listed else []
     nodes = whole_number(
         "SLURM_STEP_NUM_NODES", len(hosts) or whole_number("SLURM_NNODES", 1, environ), environ
     )
-    counts = read("SLURM_STEP_TASKS_PER_NODE", environ) or read("SLURM_TASKS_PER_NODE", environ)
-    each = expand_counts(counts) if counts else []
+    if not 0 <= node < nodes:
+        raise UserError(
+            f"SLURM_NODEID={node} is outside the {nodes} machines of the srun step; unset it outside of srun."
+        )
+    name, counts = _first_set(("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"), environ)
+    each = expand_counts(counts, name) if counts else []
     if sum(each) == tasks and node < len(each):
         local = each[node]
     else:  # the step has another shape than the allocation, which these variables are about
@@ -135,6 +152,11 @@ def slurm_task(environ: Mapping[str, str] | None = None) -> SlurmTask | None:
         port=_PORTS[(number * 16 + step) % len(_PORTS)],
         job=job,
     )
+
+
+def _first_set(names: Sequence[str], environ: Mapping[str, str] | None) -> tuple[str, str]:
+    """The first variable that holds something, with its value; two empty texts if none does."""
+    return next(((name, value) for name in names if (value := read(name, environ))), ("", ""))
 
 
 def join_slurm(

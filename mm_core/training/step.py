@@ -39,7 +39,8 @@ class GradientExchange:
     def __init__(self, roots: Iterable[nn.Module], mesh: DeviceMesh, accumulation: int) -> None:
         self.roots = [root for root in roots if isinstance(root, FSDPModule)]
         self.accumulation = accumulation
-        self.defers = accumulation > 1 and mesh.ndim > 1 and bool(self.roots)
+        # Of several roots one may not run in the last micro batch, and what it has summed would stay where it is.
+        self.defers = accumulation > 1 and mesh.ndim > 1 and len(self.roots) == 1
         self.ranks = mesh.size()
 
     def begin(self, micro: int) -> None:

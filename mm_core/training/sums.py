@@ -59,9 +59,10 @@ class StepSums:
                 self.loss,
                 self.weight,
                 *(self.metrics[name] for name in names),
-                self.loss.new_tensor(float(stop)),
-                self.loss.new_tensor(self.tokens // _TOKEN_UNIT),
-                self.loss.new_tensor(self.tokens % _TOKEN_UNIT),
+                # Not new_tensor: a copy from the host waits for the device.
+                self.loss.new_full((), float(stop)),
+                self.loss.new_full((), self.tokens // _TOKEN_UNIT),
+                self.loss.new_full((), self.tokens % _TOKEN_UNIT),
             ]
         )
         own = len(numbers)

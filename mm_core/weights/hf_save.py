@@ -18,7 +18,7 @@ from mm_core.weights.adapter import StateDictAdapter, renamed
 from mm_core.weights.agreement import rank, ranks_agree
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.layout import TEMPORARY, sync_folder, write_text
-from mm_core.weights.tensors import state_tensors
+from mm_core.weights.tensors import state_tensors, whole_tensor
 
 _STEM = "diffusion_pytorch_model"
 _LARGEST_FILE = 5 * 10**9  # bytes, as diffusers and transformers split
@@ -148,7 +148,7 @@ def _plan(tensors: Mapping[str, torch.Tensor], limit: int) -> list[list[str]]:
 def _gathered(tensor: torch.Tensor, wanted: bool) -> torch.Tensor | None:
     """The whole tensor in host memory, in storage of its own; None where it is not wanted."""
     if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
+        tensor = whole_tensor(tensor)
     return tensor.detach().to("cpu", copy=True).contiguous() if wanted else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mm_core.sharding.plan import bare_name
@@ -36,6 +36,19 @@ def local_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
     )
     slices = tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True))
     return tensor.to_local().detach(), slices
+
+
+def whole_tensor(tensor: DTensor) -> torch.Tensor:
+    """What `full_tensor()` returns, without the long warning of each rank about tensors that are cut over two dimensions
+    of a mesh, as experts are. Every rank of the mesh calls this.
+    """
+    # What was cut last is put together first: a `_StridedShard`, which FSDP2 makes; else the last dimension.
+    cut = [i for i, place in enumerate(tensor.placements) if not place.is_replicate()]
+    for i in sorted(cut, key=lambda i: (type(tensor.placements[i]) is Shard, -i))[:-1]:
+        placements = list(tensor.placements)
+        placements[i] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.full_tensor()
 
 
 def compare_keys(

@@ -20,12 +20,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mm_core.config.fsdp2 import Fsdp2Config
+from mm_core.sharding.patterns import ModulePaths
 from mm_core.training.gradients import scale_and_clip
 from mm_core.training.step import GradientExchange, UnusedParameters
 from mm_core.weights import materialize
 from mm_core.weights.tensors import state_tensors
 from tests.distributed.harness import run_ranks
-from tests.distributed.models import MODELS, Composite, TinyModel, optimizer_of
+from tests.distributed.models import MODELS, Composite, Dropout, TinyModel, force_offload, optimizer_of
 
 STEPS, CLIP, SEED = 10, 0.5, 0
 
@@ -131,21 +132,15 @@ def _label(name: str, value: Any) -> str:
 # -- which ways there are ---------------------------------------------------------------------------------------------
 
 # What the rules below look at; every other factor goes with everything.
-_RULED = ("model", "ranks", "mesh", "reshard", "experts", "recompute", "aligned")
+_RULED = ("model", "ranks", "mesh", "reshard", "experts")
 
 
-def is_legal(
-    model: str, ranks: int, mesh: str, reshard: bool | int, experts: int, recompute: str, aligned: bool
-) -> bool:
+def is_legal(model: str, ranks: int, mesh: str, reshard: bool | int, experts: int) -> bool:
     """Whether choices of the ruled factors go together."""
     if mesh == "hsdp" and ranks != 4:
         return False  # 2 x 2
     if experts > 1 and (model != "moe" or ranks == 1):
         return False
-    if recompute == "selective" and aligned:
-        return (
-            False  # units inside a selectively recomputed module: torch counts FSDP2's own operations there
-        )
     return isinstance(reshard, bool) or (ranks == 4 and mesh == "fsdp")  # part of the ranks that shard
 
 
@@ -161,15 +156,16 @@ def legal_ways() -> Iterator[Way]:
 def covering_ways(strength: int) -> tuple[Way, ...]:
     """Few ways in which every legal combination of choices for any `strength` factors occurs at least once.
 
-    Greedy: each next way is the one of some random candidates that has most combinations that are missing. The
-    seed is fixed, so the choice is the same in every process.
+    Those of a smaller strength come first. Greedy: each next way is the one of some random candidates that has most
+    combinations that are missing. The seed is fixed, so the choice is the same in every process.
     """
     generator = random.Random(0)
-    missing = dict.fromkeys(combinations(strength))
-    found: list[Way] = []
+    found = list(covering_ways(strength - 1)) if strength > 2 else []
+    done = {combination for way in found for combination in combinations_of(way, strength)}
+    missing = {combination: None for combination in combinations(strength) if combination not in done}
     while missing:
         target = dict(next(iter(missing)))
-        candidates = [_completed(target, generator) for _ in range(60)]
+        candidates = [_completed(target, generator) for _ in range(30)]
         best = max(candidates, key=lambda way: sum(c in missing for c in combinations_of(way, strength)))
         for combination in combinations_of(best, strength):
             missing.pop(combination, None)
@@ -216,17 +212,20 @@ def train(way: Way) -> Run:
     composite = model.composite()
     if way.init == "real":
         composite.predictor = _whole_model(model)
+    _drop_out(composite.predictor, model)
     if way.ignored:
         _freeze(composite.predictor, model)
     composite.fully_shard(None, way.fsdp2())
     materialize(composite.predictor, "cpu", SEED)
     composite.train()
+    offloader = force_offload(composite)
     step_of = _Step(model, composite, way.accumulation)
     run = Run([], [], {})
     for step in range(STEPS):
         loss, norm = step_of(step)
         run.losses.append(loss)
         run.norms.append(norm)
+    assert (offloader.copies > 0) == (way.activations == "offloaded")
     weights = {name: _whole(t) for name, t in state_tensors(composite.predictor).items()}
     if dist.get_rank() == 0:
         run.weights.update(weights)
@@ -277,6 +276,7 @@ def reference(name: str, ignored: bool) -> Run:
 def _reference(name: str, ignored: bool) -> Run:
     model = MODELS[name]
     module = _whole_model(model)
+    _drop_out(module, model)
     if ignored:
         _freeze(module, model)
     optimizer = optimizer_of(module)
@@ -308,10 +308,19 @@ def _whole_model(model: TinyModel) -> nn.Module:
 
 
 def _freeze(module: nn.Module, model: TinyModel) -> None:
-    from mm_core.sharding.patterns import ModulePaths
+    for part in _matching(module, model.frozen):
+        part.requires_grad_(False)
 
-    for path in ModulePaths(name for name, _ in module.named_modules()).match(model.frozen, where="test"):
-        module.get_submodule(path).requires_grad_(False)
+
+def _drop_out(module: nn.Module, model: TinyModel) -> None:
+    """Recomputed modules then have random numbers to draw again."""
+    for part in _matching(module, model.parts):
+        part.register_forward_hook(Dropout())
+
+
+def _matching(module: nn.Module, pattern: str) -> list[nn.Module]:
+    paths = ModulePaths(name for name, _ in module.named_modules()).match(pattern, where="test")
+    return [module.get_submodule(path) for path in paths]
 
 
 def _whole(tensor: torch.Tensor) -> Any:

@@ -18,7 +18,9 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from mm_core.accelerator import Accelerator
 from mm_core.sharding import FSDP2Mixin, ShardingPolicy
+from mm_core.sharding.offload import Offloader, OffloadWrapper
 from tests.distributed.tiny import SIZES
 
 BATCH = 8  # samples of a global batch: 4 ranks with 2 micro batches of one sample each
@@ -79,9 +81,35 @@ class TinyModel:
         per_rank = BATCH // world
         size = per_rank // micros
         first = rank * per_rank + micro * size
-        part = {name: tensor[first : first + size] for name, tensor in self.batch(step).items()}
+        Dropout.samples = slice(first, first + size)
+        torch.manual_seed(step)
+        part = {name: tensor[Dropout.samples] for name, tensor in self.batch(step).items()}
         losses, weights = self.losses(module, part)
         return losses.sum(), weights.sum()
+
+
+class Dropout:
+    """A hook that drops a third of a module's output, the same numbers on any ranks: it draws for the whole global
+    batch, and takes its own samples' part.
+    """
+
+    samples = slice(0, BATCH)
+
+    def __call__(self, module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if not module.training:
+            return None
+        mask = F.dropout(torch.ones(BATCH, *output.shape[1:]), 1 / 3)
+        return output * mask[self.samples].to(output)
+
+
+def force_offload(model: nn.Module) -> Offloader:
+    """Let the CPU's own memory play a device's: what is offloaded on a device is copied here too."""
+    offloader = Offloader(Accelerator("cpu"), min_bytes=1, force=True)
+    for module in model.modules():
+        if isinstance(module, OffloadWrapper):
+            assert module.offloader is None  # what a CPU gets
+            module.offloader = offloader
+    return offloader
 
 
 class Composite(nn.Module, FSDP2Mixin):

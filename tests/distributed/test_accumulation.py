@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from mm_core.accelerator import Accelerator
 from mm_core.config import load_training_job, parse_train_flags
@@ -25,6 +26,7 @@ from mm_core.training.gradients import scale_and_clip
 from mm_core.training.optimizer import ShardedAdamW
 from mm_core.training.step import GradientExchange, NonFiniteLossError
 from mm_core.training.trainer import Trainer
+from mm_core.weights.tensors import whole_tensor
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_participation import Recorder, whole
 from tests.distributed.tiny import Composite, loss_of, optimizer_of, sharded, whole_tensors
@@ -85,6 +87,23 @@ def test_without_replicas_each_micro_batch_reduces(how: dict[str, Any]) -> None:
             np.testing.assert_allclose(weights[name], tensor, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+def of_two_roots() -> list[Any]:
+    """Gradients of two roots, of which each micro batch runs one."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp_replicate", "dp_shard"))
+    roots = [fully_shard(nn.Linear(3, 2, bias=False), mesh=mesh) for _ in range(2)]
+    exchange = GradientExchange(roots, mesh, 2)
+    for micro, root in enumerate(roots):
+        exchange.begin(micro)
+        root(torch.full((1, 3), float(dist.get_rank() + micro))).sum().backward()
+    return [None if p.grad is None else whole(p.grad) for root in roots for p in root.parameters()]
+
+
+def test_a_root_that_the_last_micro_batch_does_not_run_is_reduced_all_the_same() -> None:
+    for first, second in run_ranks(of_two_roots, 2):
+        np.testing.assert_allclose(first, np.full((2, 3), 0.5))
+        np.testing.assert_allclose(second, np.full((2, 3), 1.5))
+
+
 # -- several meshes -----------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +147,27 @@ def test_norm_and_step_over_several_meshes(max_norm: float) -> None:
             np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5)
         for ours, parameter in zip(got, made, strict=True):
             np.testing.assert_allclose(ours, parameter.detach().numpy(), rtol=1e-5)
+
+
+def on_a_grid() -> tuple[float, Any]:
+    """Norm and the whole of a tensor that is cut twice, as experts are."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ep_shard", "ep"))
+    own = distribute_tensor(torch.arange(48.0).view(8, 6), grid["ep"], [Shard(0)])
+    module = nn.Module()
+    module.weight = nn.Parameter(own)
+    fully_shard(module, mesh=grid["ep_shard"])
+    parameter = next(module.parameters())
+    parameter.grad = parameter.detach().clone()
+    norm = scale_and_clip([parameter], torch.tensor(1.0), 0.0)
+    assert isinstance(parameter, DTensor)
+    return norm.item(), whole_tensor(parameter).detach().numpy()
+
+
+def test_a_tensor_that_is_cut_twice_is_measured_and_put_together() -> None:
+    expected = np.arange(48.0).reshape(8, 6)
+    for norm, tensor in run_ranks(on_a_grid, 4):
+        assert norm == pytest.approx(np.linalg.norm(expected), rel=1e-6)
+        np.testing.assert_array_equal(tensor, expected)
 
 
 # -- clipping without waiting for the device ----------------------------------------------------------------------------

@@ -7,17 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from mm_core.accelerator import Accelerator
 from mm_core.config.fsdp2 import Fsdp2Config
-from mm_core.sharding.offload import Offloader, OffloadWrapper
+from mm_core.sharding.offload import Offloader
 from mm_core.sharding.plan import bare_name
 from mm_core.weights import materialize
 from tests.distributed.harness import run_ranks
-from tests.distributed.models import MODELS, TinyModel
+from tests.distributed.models import MODELS, TinyModel, force_offload
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -41,16 +39,6 @@ def fsdp2_of(tiny: TinyModel, choice: dict[str, Any], **more: Any) -> Fsdp2Confi
         if key in choice:
             fields[field] = (f"predictor.{getattr(tiny, choice[key])}",)
     return Fsdp2Config(**fields, **more)
-
-
-def force_offload(model: nn.Module) -> Offloader:
-    """Let the CPU's own memory play a device's."""
-    offloader = Offloader(Accelerator("cpu"), min_bytes=1, force=True)
-    for module in model.modules():
-        if isinstance(module, OffloadWrapper):
-            assert module.offloader is None  # what a CPU gets
-            module.offloader = offloader
-    return offloader
 
 
 def gradients_of(name: str, choice: dict[str, Any], **more: Any) -> tuple[float, dict[str, Any], int]:
@@ -175,3 +163,15 @@ def test_a_recomputed_block_is_gathered_once_for_its_backward_pass():
 
     for with_recompute, without in run_ranks(both, 2):
         assert with_recompute == without > 0
+
+
+@pytest.mark.parametrize("name", ["wan", "moe"])
+def test_units_inside_a_selectively_recomputed_module(name):
+    """FSDP2 does other operations of its own there the second time: what it prefetched it does not gather again."""
+    how: dict[str, Any] = {"num_to_forward_prefetch": 2, "num_to_backward_prefetch": 2}
+    inside = {"align_fsdp_param_groups": True} if name == "wan" else {"expert_parallel_size": 2}
+    _, expected, _ = run_ranks(gradients_of, 2, name, {}, **how, timeout=100)[0]
+    choice = {"recompute": "blocks", "recompute_granularity": "selective"}
+    _, got, _ = run_ranks(gradients_of, 2, name, choice, **how, **inside, timeout=100)[0]
+    for key, gradient in expected.items():
+        np.testing.assert_allclose(got[key], gradient, rtol=1e-4, atol=1e-6, err_msg=key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm_core.config.fsdp2 import Fsdp2Config
-from mm_core.sharding import participation
+from mm_core.sharding import ShardingPolicy, participation
 from mm_core.sharding.participation import participation_of
 from mm_core.sharding.plan import bare_name
 from mm_core.training.step import UnusedParameters
@@ -26,6 +27,14 @@ pytestmark = pytest.mark.timeout(180)
 
 STEPS = 3
 NEVER_USED = {"unused.weight", "unused.bias", "text.0.branches.2.weight", "vision.0.spare", "text.0.spare"}
+
+
+class Grouped(Towers):
+    """With a part of each block in one group."""
+
+    def sharding_roots(self) -> dict[str, ShardingPolicy]:
+        policy = dataclasses.replace(self.policy, aligned=("vision.{*}.down", "text.{*}.down"))
+        return {"model": policy}
 
 
 class Recorder(TorchDispatchMode):
@@ -231,6 +240,16 @@ def told(passes: list[int]) -> bool:
 )
 def test_ranks_that_skip_what_others_run_in_another_order_are_told(passes: list[int], mismatch: bool) -> None:
     assert run_ranks(told, 2, passes) == [mismatch, mismatch]
+
+
+def test_a_group_of_modules_that_a_micro_batch_skips_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is gathered and reduced depends on what runs: without the error ranks hang, or learn wrongly."""
+    monkeypatch.setattr("tests.distributed.test_participation.Towers", Grouped)
+    how: dict[str, Any] = {"align_fsdp_param_groups": True, **HOW["reentrant"], **HOW["prefetch 2"]}
+    same("i", 2, **how)
+    for images in ("it", "t"):
+        with pytest.raises(RankError, match=r"true gathers modules of vision\.0 together"):
+            run_ranks(train, 2, images, timeout=30, **how)
 
 
 def alone() -> bool:

@@ -105,3 +105,25 @@ def train(
         "train", *job.flags("--train-iters", str(steps), "--micro-batch-size", str(micro), "--global-batch-size", str(total)),
         "--save", run, *flags, **variables,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process."""
+    run = tmp_path_factory.mktemp("many") / "alone"
+    result = train(Job(), run, steps=4, batch=(1, 4), OMP_NUM_THREADS="1")
+    assert result.code == 0, result.err
+    return losses(run)
+
+
+@pytest.fixture(scope="session")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The run of two machines with a rank each, which srun started, and what they printed."""
+    from tests.e2e.launched import BATCH, ended, srun  # which needs this file
+
+    folder = tmp_path_factory.mktemp("apart")
+    run = folder / "run"
+    commands = srun(folder, 2, 2, "--train-iters", "4", *BATCH, "--save", run, "--nproc-per-node", "1")
+    with ended(*commands):
+        assert [command.wait() for command in commands] == [0, 0], commands[0].text + commands[1].text
+    return run, [command.text for command in commands]

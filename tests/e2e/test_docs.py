@@ -105,6 +105,7 @@ def test_every_flag_on_the_pages_exists() -> None:
     known = set(re.findall(r"--[a-z][\w-]*", helps)) | {"--help", "--version"}
     known |= {"--logdir"}  # tensorboard's
     known |= {"--force-reinstall", "--no-deps"}  # pip's
+    known |= {"--ranks", "--size", "--steps", "--json"}  # those of benchmarks/sharding.py
     for page in PAGES:
         written = re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))
         assert {flag.replace("_", "-") for flag in written} <= known, page

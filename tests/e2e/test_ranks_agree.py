@@ -109,6 +109,7 @@ def test_another_version_of_a_plugin_on_one_rank(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_mistake_in_one_ranks_files_ends_all_with_its_words(tmp_path: Path) -> None:
     bad = edited(Job().model, tmp_path / "model.json", lambda text: text.replace('"wandit"', '"wandti"', 1))
     zero, one = torchrun(tmp_path, f'sys.argv += ["--mm-model", {str(bad)!r}]')

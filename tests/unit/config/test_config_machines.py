@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mm_core.config import ConfigError, TrainFlags, parse_train_flags, world_size
+from mm_core.config.flags import split_endpoint
 
 _FIXED = ["--global-batch-size", "8", "--rdzv-endpoint", "head:29400", "--rdzv-id", "job"]
 
@@ -66,8 +67,31 @@ def test_settings_of_the_rendezvous() -> None:
     assert flags.elastic
     assert 'no setting "join_timeot"; did you mean join_timeout?' in problem("--rdzv-conf", "join_timeot=30")
     assert "needs a whole number from 1, such as timeout=60" in problem("--rdzv-conf", "timeout=soon")
-    for wrong in ("head:99999", ":5", "head:port"):
+    for wrong in ("head:99999", ":5", "head:port", "head:", "http://head:5", "::1", "[::1", "[::1]:x"):
         assert "is no HOST:PORT" in problem("--rdzv-endpoint", wrong)
+    assert "in brackets" in problem("--rdzv-endpoint", "fe80::1:29400")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("head", ("head", None)),
+        ("10.0.0.1:5", ("10.0.0.1", 5)),
+        ("[::1]:29400", ("::1", 29400)),
+        ("[fe80::1%eth0]", ("fe80::1%eth0", None)),
+    ],
+)
+def test_where_machines_meet(text: str, parts: tuple[str, int | None]) -> None:
+    assert split_endpoint(text) == parts
+
+
+def test_the_address_of_a_machine() -> None:
+    for right in ("head", "gpu_01-ib.example.org", "10.0.0.1", "::1", "fe80::1%eth0"):
+        assert parse_train_flags(["--master-addr", right]).master_addr == right
+    for wrong in ("head:29500", "http://head", "[::1]", "a b", "10.0.0.1:5"):
+        assert "is no name and no address of a machine. The port goes to --master-port" in problem(
+            "--master-addr", wrong
+        )
 
 
 def test_what_a_restart_needs() -> None:

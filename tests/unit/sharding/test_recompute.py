@@ -17,7 +17,7 @@ from mm_core.sharding import ShardingPlan, Unit
 from mm_core.sharding.activations import RecomputeWrapper, offloaded_modules, wrap_activations
 from mm_core.sharding.offload import OffloadWrapper
 from mm_core.sharding.plan import ShardingError, bare_name
-from tests.distributed.live_bytes import LiveBytes
+from mm_core.testing.live_bytes import LiveBytes
 from tests.distributed.models import DENSE, MODELS, WAN, TinyModel
 
 FORMS = {
@@ -139,9 +139,9 @@ def test_memory_between_the_passes_falls(name):
 
     def alive(recompute: tuple[str, ...], **settings: Any) -> int:
         model = wrapped(built(tiny), recompute, **settings)
-        with LiveBytes(model) as bytes_:
+        with LiveBytes((*model.parameters(), *model.buffers())) as bytes_:
             loss = tiny.loss(model, 0)[0]
-            found = bytes_.alive()
+            found = bytes_.now
         loss.backward()
         return found
 
@@ -166,9 +166,9 @@ def test_scores_of_attention_that_is_not_fused_are_not_kept():
 
     def alive(tokens: int) -> int:
         model = wrapped(nn.Sequential(Eager(), Eager()), ("0", "1"), recompute_granularity="selective")
-        with LiveBytes(model) as bytes_:
+        with LiveBytes((*model.parameters(), *model.buffers())) as bytes_:
             out = model(torch.randn(2, tokens, 16, requires_grad=True))
-            found = bytes_.alive()
+            found = bytes_.now
         out.sum().backward()
         return found
 

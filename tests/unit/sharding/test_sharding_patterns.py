@@ -58,6 +58,13 @@ def test_matches(pattern, expected):
     ("pattern", "message"),
     [
         ("blocks.{9-3}", "the range 9-3 runs backwards; write {3-9}"),
+        ("blocks.{0–3}", "0–3 is no range; write {0-3}"),
+        ("blocks.{0:3}", "0:3 is no range; write {0-3}"),
+        ("blocks.{0..3}", "0..3 is no range; write {0-3}"),
+        ("blocks.{0-}", "the range 0- lacks an end"),
+        ("blocks.\x01", "an invisible character, U+0001"),
+        ("blo\u200bcks.{*}", "an invisible character, U+200B"),
+        ("blocks.{٠-٣}", 'has no "٠-٣"'),
         ("blocks.{0-12}", 'matches no module: "blocks" has no "12", only 0-11'),
         ("blocks.{*", "a { is not closed"),
         ("blocks.*}", "unbalanced braces"),

@@ -20,6 +20,7 @@ import torch
 
 from mm_core.config import TrainFlags
 from mm_core.training.launch import LocalRanks, _free_port, check_launch, started_by_launcher
+from mm_core.training.session import _job_token
 from mm_registry.errors import UserError
 
 pytestmark = pytest.mark.timeout(120)
@@ -300,3 +301,25 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+# -- which job a rank belongs to, that may be started again
+
+
+def test_the_job_of_a_rank_that_torchrun_may_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a folder of the same job is continued; torchrun calls each job "none" that has no --rdzv-id."""
+    for name in ("MM_JOB", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    assert _job_token() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert _job_token() is None, "its ranks are not started again"
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "2")
+    assert _job_token() is None, "nothing tells it from other jobs"
+    for attempt in (0, 1):
+        file = f"/tmp/torchelastic_x/none_abc/attempt_{attempt}/0/error.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
+        assert _job_token() == "none_abc"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "wan-1")
+    assert _job_token() == "wan-1"
+    monkeypatch.setenv("MM_JOB", "ours")
+    assert _job_token() == "ours"

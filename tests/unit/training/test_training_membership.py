@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from mm_core.config import TrainFlags
 from mm_core.training.failures import describe, describe_exit
-from mm_core.training.lifeline import Failure, _first
+from mm_core.training.lifeline import Failure, Lifeline, _first
 from mm_core.training.meeting import LaunchError, Place, meet
 from mm_core.training.membership import Membership
 from mm_registry.errors import UserError
@@ -205,6 +206,51 @@ def test_a_mistake_of_the_users_on_one_rank(tmp_path: Path) -> None:
     assert ranks.output(1) == "error (rank 1): data.json: clip 7 is missing on this machine.\n"
 
 
+# -- who is heard
+
+
+@pytest.fixture
+def line() -> Iterator[Lifeline]:
+    """Rank 0's, on a machine of its own."""
+    line = Lifeline(Place(0, 1, "127.0.0.1", 0), dist.HashStore(), lambda first: None)
+    yield line
+    line.close()
+
+
+def test_a_stranger_changes_nothing(line: Lifeline) -> None:
+    server = line._server
+    assert server is not None
+    assert server.address[0] == "127.0.0.1", "nobody outside reaches a job of one machine"
+    failure = b'{"failure": {"rank": 0, "host": "", "kind": "error", "text": "no"}}\n'
+    attacks = [
+        '{"token": "é"}\n'.encode(), b"[" * 60_000 + b"\n", b"\xff\xfe \n\n", b"x" * 200_000, b"", failure,
+        b"GET / HTTP/1.0\r\n\r\n", b'0 {"rank": 0, "host": "no"}\n' + failure, b"\n" + failure, b" " + failure,
+    ]  # fmt: skip
+    for attack in attacks:
+        with (
+            socket.create_connection(server.address, timeout=10) as stranger,
+            contextlib.suppress(ConnectionError),  # it may be gone before all of it is sent
+        ):
+            stranger.sendall(attack)
+            stranger.shutdown(socket.SHUT_WR)
+            assert stranger.recv(100) == b""
+    crowd = [socket.create_connection(server.address, timeout=10) for _ in range(100)]
+    assert not server._reports
+    assert line.report("error", "mine").text == "mine"
+    assert line.first is not None, "rank 0 answered"
+    assert len(server._parts) < 50
+    for stranger in crowd:
+        stranger.close()
+
+
+def test_a_long_report_keeps_its_first_line_and_its_end(line: Lifeline) -> None:
+    text = "ValueError: wrong \ud800\n" + "\x1b\N{GRINNING FACE}错" * 50_000 + "\nthe last line"
+    line.report("error", text)
+    assert line.first is not None
+    assert line.first.text.startswith("ValueError: wrong ?\n")
+    assert line.first.text.endswith("\nthe last line")
+
+
 # -- who failed first
 
 
@@ -269,9 +315,24 @@ def test_a_port_that_is_taken() -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(
-            LaunchError, match=rf"--master-port {port}: another process of this machine has this port"
-        ):
+            UserError, match=rf"--master-port {port}: another process of this machine has this port"
+        ) as caught:
             meet(Place(0, 2, "localhost", port), timedelta(seconds=2))
+        assert caught.value.exit_code == 2
+
+
+def test_rank_0_goes_while_others_wait(tmp_path: Path) -> None:
+    def goes() -> None:
+        place = Place.here()
+        store = dist.TCPStore(place.address, place.port, 3, is_master=True, wait_for_workers=False)
+        while int(dist.PrefixStore("mm/", store).add("came", 0)) < 1:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    ranks = Ranks(tmp_path, goes, meets(60), world=3)
+    assert ranks.codes() == [-signal.SIGKILL, 1]
+    assert "rank 1 lost the connection to localhost" in ranks.output(1)
+    assert "Traceback" not in ranks.output(1)
 
 
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:

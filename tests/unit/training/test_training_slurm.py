@@ -73,17 +73,23 @@ def test_lists_of_machines(text: str, hosts: list[str]) -> None:
     assert expand_hosts(text) == hosts
 
 
-@pytest.mark.parametrize("text", ["", "n[1-", "n[a-b]", "n[1-2"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "n[1-", "n[a-b]", "n[1-2", "n1-2]", "a,,b", "a,", "n[[1]]", "n[4-1]", "a,n[4-1]", "n[]", "n[1-9999999999]",
+     "n[1-999][1-999]", "a b"],
+)  # fmt: skip
 def test_what_is_no_list_of_machines(text: str) -> None:
-    with pytest.raises(UserError, match="no list of machines"):
-        expand_hosts(text)
+    with pytest.raises(UserError, match=r'^X="[^\n]*" is no list of machines[^\n]*\.$') as caught:
+        expand_hosts(text, "X")
+    assert caught.value.exit_code == 2
 
 
 def test_counts_of_tasks() -> None:
     assert expand_counts("2(x3),1") == [2, 2, 2, 1]
     assert expand_counts("8") == [8]
-    with pytest.raises(UserError, match="how many tasks"):
-        expand_counts("2(y3)")
+    for wrong in ("2(y3)", "", "2(x9999999999)"):
+        with pytest.raises(UserError, match=r"SLURM_STEP_TASKS_PER_NODE=.* how many tasks"):
+            expand_counts(wrong)
 
 
 def test_one_task_a_device() -> None:
@@ -156,6 +162,10 @@ def test_started_once_it_is_no_task(environ: dict[str, str]) -> None:
 def test_contradictions() -> None:
     with pytest.raises(UserError, match=r"SLURM_PROCID=8 is outside SLURM_STEP_NUM_TASKS=8"):
         slurm_task({**TASK_A_DEVICE, "SLURM_PROCID": "8"})
+    with pytest.raises(UserError, match=r"SLURM_NODEID=2 is outside the 2 machines"):
+        slurm_task({**TASK_A_DEVICE, "SLURM_NODEID": "2"})
+    with pytest.raises(UserError, match=r"SLURM_JOB_NODELIST=\"gpu\[07\" is no list"):
+        slurm_task({**OLD, "SLURM_JOB_NODELIST": "gpu[07"})
     with pytest.raises(UserError, match="SLURM_LOCALID"):
         slurm_task({**TASK_A_DEVICE, "SLURM_LOCALID": "one"})
     with pytest.raises(UserError, match=r"--nproc-per-node 2: srun already started 4 tasks"):
