@@ -244,7 +244,7 @@ def test_ranks_that_skip_what_others_run_in_another_order_are_told(passes: list[
 
 def test_a_group_of_modules_that_a_micro_batch_skips_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is gathered and reduced depends on what runs: without the error ranks hang, or learn wrongly."""
-    monkeypatch.setattr("tests.distributed.test_participation.Towers", Grouped)
+    monkeypatch.setitem(globals(), "Towers", Grouped)
     how: dict[str, Any] = {"align_fsdp_param_groups": True, **HOW["reentrant"], **HOW["prefetch 2"]}
     same("i", 2, **how)
     for images in ("it", "t"):

@@ -297,7 +297,7 @@ def test_callbacks_are_resolved_and_not_imported(files: Any) -> None:
     files.model["callbacks"] = "first"
     files.write()
     assert load_errors(files) == [
-        files.find('"callbacks": ^"first"') + ': "callbacks" is "first", expected a list'
+        files.find('"callbacks": ^"first"') + ': "callbacks" is "first", expected a list. Write ["first"]'
     ]
 
 

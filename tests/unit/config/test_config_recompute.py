@@ -120,7 +120,7 @@ def test_the_file_decides_and_a_note_says_so(
             {},
             {"granularity": "selective", "method": "uniform"},
             '--recompute-method error: "uniform" chooses among layers that are recomputed in full: it needs granularity '
-            '"full", not "selective". Add it, or take the method out',
+            '"full", not "selective". Use "full", or take the method out',
         ),
         (
             {},

@@ -279,9 +279,9 @@ def test_nothing_else_claims_what_is_inside_experts():
     net = Moe()
     net.layers[0].experts = Deep()
     for field in ("sub_modules_to_wrap", "recompute_modules", "offload_activations"):
-        with pytest.raises(ShardingError, match="whose experts are distributed over ranks as a whole"):
+        with pytest.raises(PlanError, match="whose experts are distributed over ranks as a whole"):
             plan(net=net, expert_parallel_size=2, **{field: ("predictor.layers.0.experts.inner",)})
-    made = plan(net=net, expert_parallel_size=2, recompute_modules=("predictor.layers.0.experts",))
+    made = plan(expert_parallel_size=2, recompute_modules=("predictor.layers.0.experts",))
     assert made.recompute == ("layers.0.experts",)
     named = plan(ShardingPolicy(units=("layers.{*}", "layers.{*}.experts"), experts=("layers.{*}.experts",)),
                  expert_parallel_size=2)  # fmt: skip

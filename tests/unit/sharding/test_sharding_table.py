@@ -17,11 +17,16 @@ from mm_core.sharding.rows import is_wrapped, peak_memory, unit_rows
 from mm_core.sharding.table import folded, plan_texts
 
 
+class Experts(nn.Linear):
+    def forward(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.attn = nn.Linear(8, width, bias=False)
-        self.experts = nn.Linear(8, 4, bias=False)
+        self.experts = Experts(8, 4, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
