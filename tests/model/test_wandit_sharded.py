@@ -45,6 +45,7 @@ def build(**config: Any) -> SoRAModel:
     ("config", "tolerance"),
     [
         ({"sub_modules_to_wrap": [BLOCKS, "predictor.head"], "recompute_modules": [BLOCKS]}, 0.0),
+        ({"align_fsdp_param_groups": True, "param_dtype": "bf16", "recompute_modules": [BLOCKS]}, 0.03),
         ({"param_dtype": "bf16", "reduce_dtype": "fp32"}, 0.03),
         ({"param_dtype": "bf16", "sub_modules_to_wrap": [BLOCKS, "predictor.head"]}, 0.03),
         (

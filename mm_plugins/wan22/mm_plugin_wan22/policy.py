@@ -39,7 +39,15 @@ ALIASES = {
 # MindSpeed-MM's `norm3` of a block is diffusers' `norm2`. It is not an alias: `norm3` is also a name of
 # diffusers' own block.
 
-WANDIT = ShardingPolicy(units=("blocks.{*}",), aliases=ALIASES)
+WANDIT = ShardingPolicy(
+    units=("blocks.{*}",),
+    aligned=tuple(
+        f"blocks.{{*}}.{attention}.{norm}"
+        for attention in ("attn1", "attn2")
+        for norm in ("norm_q", "norm_k")
+    ),
+    aliases=ALIASES,
+)
 """What holds for every section."""
 
 
