@@ -10,6 +10,9 @@ import pytest
 
 from tests.e2e.conftest import TINY, Job, losses, run_mm
 
+# The device is compiled first, which takes a minute.
+pytestmark = pytest.mark.slow
+
 REASON = "libhccl.so: cannot open shared object file: No such file or directory"
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+# The device is compiled first, which takes a minute.
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., Any]
 FULL = "cpu:gloo,npu:hccl"
 
