@@ -68,7 +68,7 @@ def test_sizes_that_do_not_divide_are_named_with_those_that_do():
     assert run_ranks(run, 6)[0] == [
         "sharding_size: 4 does not divide the 6 data-parallel ranks; use auto or one of 1, 2, 3, 6.",
         "reshard_after_forward: 2 does not divide the 3 ranks that share the parameters; "
-        "use true, false or one of 1, 3.",
+        "use true, false or 3.",
         "expert_parallel_size: 4 does not divide the 6 data-parallel ranks; use one of 1, 2, 3, 6.",
         "expert_parallel_size: groups of 3 ranks do not fit into the 2 ranks of sharding_size, nor these into them; "
         "use one of 1, 2, 6.",

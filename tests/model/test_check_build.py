@@ -250,7 +250,7 @@ def test_json_has_findings_only(job: Path, check: Any) -> None:
     code, lines = check("model.json", "--format", "json")
     data = json.loads("\n".join(lines))
     assert code == 2
-    assert list(data) == ["findings"]
+    assert list(data) == ["findings", "sharding"]
     (finding,) = data["findings"]
     assert finding["level"] == "error"
     assert finding["code"] == "weights"
