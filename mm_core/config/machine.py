@@ -7,12 +7,15 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mm_core.config.devices import TYPES, communication, read_backend, visible_devices
 from mm_core.config.environment import check_environment, read
 from mm_core.config.findings import Finding, Level
-from mm_core.config.flags import TrainFlags
 from mm_registry.errors import UserError
+
+if TYPE_CHECKING:  # `mm doctor`, which counts device files with this, imports no pydantic
+    from mm_core.config.flags import TrainFlags
 
 #: Ranks for each core of a machine without accelerator: above the first they crawl, which is said; above the second
 #: they would not even start (each is a process of some 300 MB that must meet the others in time), which is refused.

@@ -227,13 +227,16 @@ def test_a_stranger_changes_nothing(line: Lifeline) -> None:
         b"GET / HTTP/1.0\r\n\r\n", b'0 {"rank": 0, "host": "no"}\n' + failure, b"\n" + failure, b" " + failure,
     ]  # fmt: skip
     for attack in attacks:
+        answer = b""
         with (
             socket.create_connection(server.address, timeout=10) as stranger,
             contextlib.suppress(ConnectionError),  # it may be gone before all of it is sent
         ):
             stranger.sendall(attack)
-            stranger.shutdown(socket.SHUT_WR)
-            assert stranger.recv(100) == b""
+            with contextlib.suppress(OSError):  # or before it is told that this was all: ENOTCONN
+                stranger.shutdown(socket.SHUT_WR)
+            answer = stranger.recv(100)
+        assert answer == b""
     crowd = [socket.create_connection(server.address, timeout=10) for _ in range(100)]
     assert not server._reports
     assert line.report("error", "mine").text == "mine"
