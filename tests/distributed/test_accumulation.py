@@ -62,9 +62,9 @@ def accumulated(defer: bool, **fsdp2: Any) -> tuple[dict[str, Any], list[int], s
     ("size", "how"),
     [
         (2, {}),
-        (1, {}),
-        (2, {"reshard_after_forward": False}),
-        (2, {"recompute_modules": ("predictor.blocks.{*}",)}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
+        pytest.param(2, {"reshard_after_forward": False}, marks=pytest.mark.slow),
+        pytest.param(2, {"recompute_modules": ("predictor.blocks.{*}",)}, marks=pytest.mark.slow),
     ],
 )
 def test_replicas_are_summed_once_a_step(size: int, how: dict[str, Any]) -> None:
@@ -261,7 +261,7 @@ def test_clipping_without_waiting_changes_no_number(models: dict[bool, str]) -> 
 
 
 @pytest.mark.parametrize("later", [False, True])
-@pytest.mark.parametrize("bad_step", [2, 4])
+@pytest.mark.parametrize("bad_step", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_changes_no_weight(
     models: dict[bool, str], later: bool, bad_step: int
 ) -> None:

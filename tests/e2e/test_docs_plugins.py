@@ -208,6 +208,7 @@ def test_the_ported_predictor_computes_what_the_old_one_did(ported: Followed) ->
         predictor.write_text(text)
 
 
+@pytest.mark.slow
 def test_the_users_sharding_file_still_works(ported: Followed) -> None:
     """The old fsdp2.yaml, with its names of modules, trains the port on two ranks."""
     said = ported.run(

@@ -74,7 +74,8 @@ def test_training_is_that_of_the_classic_files(
     assert origins["flags.nproc_per_node"] == "--nproc-per-node"
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_overrides_reach_every_rank(folder: Path, ranks: int) -> None:
     flags = ["--nproc-per-node", str(ranks)] if ranks > 1 else []
     words = ["model.predictor.num_layers=2", "gpt_args.train_iters=3", "fsdp2.sharding_size=1", *flags]
@@ -88,6 +89,7 @@ def test_overrides_reach_every_rank(folder: Path, ranks: int) -> None:
     assert "error" not in log.lower()
 
 
+@pytest.mark.slow
 def test_torchrun_takes_a_job_file(folder: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

@@ -82,6 +82,7 @@ def test_a_wrong_file_on_one_machine_ends_the_other(tmp_path: Path) -> None:
 # -- SLURM
 
 
+@pytest.mark.slow
 def test_srun_with_a_task_for_each_machine(apart: tuple[Path, list[str]]) -> None:
     """Its numbers are those of one machine, see test_restarts.py."""
     run, (first, second) = apart

@@ -88,6 +88,7 @@ def test_ranges_end_where_the_api_may_change(version: str, inside: list[str], ou
     assert not any(found.contains(each, prereleases=True) for each in outside)
 
 
+@pytest.mark.slow
 def test_its_code_passes_ruff_and_mypy(new: Path, tmp_path: Path) -> None:
     def run(*command: str | Path) -> None:
         done = subprocess.run(

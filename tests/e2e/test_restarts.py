@@ -16,6 +16,7 @@ from tests.e2e.launched import BATCH, Command, ended, free_port, gone, listens, 
 pytestmark = pytest.mark.timeout(600)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_and_the_run_is_the_same(
     apart: tuple[Path, list[str]], tmp_path: Path
 ) -> None:

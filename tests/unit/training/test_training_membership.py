@@ -76,8 +76,10 @@ class Ranks:
 
     def codes(self) -> list[int | None]:
         try:
-            for process in self.processes:
-                process.join(90)
+            # A process's sentinel, which `join` with a limit waits for, is held open by what it left behind too.
+            deadline = time.monotonic() + 90
+            while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
+                time.sleep(0.02)
             return [process.exitcode for process in self.processes]
         finally:
             for process in self.processes:
