@@ -187,7 +187,9 @@ def test_the_example_script_trains_two_ranks(example: tuple[Path, Result]) -> No
     assert [record["step"] for record in records] == [1, 2, 3]
     assert records[-1]["consumed_samples"] == 3 * 4, "2 ranks × 1 sample × 2 passes"
     assert (run / "logs" / "rank-00001.log").exists()
-    assert "computes on the CPU and uses gloo" in (run / "logs" / "rank-00000.log").read_text(encoding="utf-8")
+    assert "computes on the CPU and uses gloo" in (run / "logs" / "rank-00000.log").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_step_times_can_be_cut_out_of_the_log(example: tuple[Path, Result]) -> None:
