@@ -8,7 +8,9 @@ micro batch size, and after a resume.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,3 +49,23 @@ def keyed_normal(seed: int, purpose: str, indices: Sequence[int], shape: Sequenc
         bits = np.random.Philox(key=[key, 0], counter=[0, 0, int(index), 0])
         np.random.Generator(bits).standard_normal(out=rows[position, ...], dtype=np.float32)
     return torch.from_numpy(rows)
+
+
+@contextmanager
+def keyed_global_generators(seed: int, purpose: str, *index: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's global CPU generators for one purpose and index; afterwards they are as before."""
+    import numpy as np
+    import torch
+
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    key = keyed_seed(seed, purpose, *index)
+    try:
+        random.seed(key)
+        np.random.seed(key % 2**32)
+        # Not torch.manual_seed, which seeds the devices as well.
+        torch.default_generator.manual_seed(key)
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

@@ -44,6 +44,11 @@ def _parser() -> _Parser:
     add("--prompt", metavar="TEXT", help="a text, or a .txt file with one prompt a line; else the file's")
     add("--negative-prompt", metavar="TEXT", help="what guidance moves away from")
     add("--load", metavar="PATH", help="run, checkpoint or folder of weights for the predictor")
+    add(
+        "--ema",
+        action="store_true",
+        help="use the averaged weights of the checkpoint (--ema-decay of mm train)",
+    )
     add("--save-path", metavar="PATH", help="folder of the videos, or a name ending in .mp4")
     add("--seed", type=int, metavar="N", help="of the noise (default: pipeline_config.seed, else 0)")
     add("--num-inference-steps", type=int, metavar="N", help="denoising steps")
@@ -169,6 +174,7 @@ def _generate(job: GenerationJob, options: argparse.Namespace, findings: Iterabl
         paths = generate(
             job,
             seed=options.seed,
+            ema=options.ema,
             steps=options.num_inference_steps,
             guidance_scale=guidance[0] if guidance and len(guidance) == 1 else guidance,
             batch_size=options.batch_size,

@@ -38,6 +38,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "mm_core.cli.generate",
         "write videos for prompts, from a run, a checkpoint or a folder of weights",
     ),
+    "convert": (
+        "mm_core.cli.convert",
+        "write a Hugging Face folder from a run, a checkpoint of MindSpeed-MM or another folder",
+    ),
     "doctor": (
         "mm_core.cli.doctor",
         "what is wrong with this environment and its plugins, and what mends it",

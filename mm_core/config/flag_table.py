@@ -91,6 +91,15 @@ class OptimizerFlags(SectionModel):
     adam_eps: Annotated[float, _help("added to the square root of the second moment", gt=0.0)] = 1e-8
     weight_decay: Annotated[float, _help("decoupled weight decay", ge=0.0)] = 0.01
     clip_grad: Annotated[float, _help("largest 2-norm of the gradient; 0 does not clip", ge=0.0)] = 1.0
+    ema_decay: Annotated[
+        float | None,
+        _help(
+            "keep an exponential moving average of the trained weights, of this decay, such as 0.999; it is part of each "
+            "checkpoint",
+            ge=0.0,
+            lt=1.0,
+        ),
+    ] = None
     lr_mult: Annotated[float, Field(gt=0.0), NotYet(1.0, reason=_BY_MODULE)] = 1.0
     lr_scale_modules: Annotated[list[str] | None, NotYet(None, (), reason=_BY_MODULE)] = None
     weight_decay_exclude_modules: Annotated[list[str] | None, NotYet(None, (), reason=_BY_MODULE)] = None
@@ -149,15 +158,44 @@ class CheckpointFlags(SectionModel):
     save_interval: Annotated[
         int | None, _help("optimizer steps between checkpoints; the last one is saved too", ge=1)
     ] = None
+    save_hf: Annotated[
+        bool,
+        _help(
+            "with each checkpoint also write <save>/hf/iter_…/predictor, a folder that diffusers and transformers load; "
+            "these folders are never removed"
+        ),
+    ] = False
     ckpt_format: Annotated[
         str, Only("torch_dcp", reason="checkpoints are torch's distributed checkpoints")
     ] = "torch_dcp"
     finetune: Annotated[bool, _help("take only the weights of --load; start at step 0")] = False
+    accept_changes: Annotated[
+        bool,
+        _help(
+            "continue --load with other plugins or another configuration than its checkpoint was written with"
+        ),
+    ] = False
     no_load_optim: Annotated[bool, _help("do not load the optimizer's state")] = False
     no_load_rng: Annotated[bool, _help("do not load the generators' states")] = False
     no_save_optim: Annotated[bool, _help("do not save the optimizer's state")] = False
     no_save_rng: Annotated[bool, _help("do not save the generators' states")] = False
-    async_save: Annotated[bool, NotYet(False, reason="checkpoints are written while training waits")] = False
+    async_save: Annotated[bool, NoEffect("training goes on while a checkpoint is written, by default")] = (
+        False
+    )
+    no_async_save: Annotated[
+        bool,
+        _help(
+            "let training wait until a checkpoint is written; otherwise it goes on, and the machine's memory holds a copy"
+        ),
+    ] = False
+    keep_last: Annotated[
+        int | None,
+        _help("checkpoints that stay: so many of the newest ones; default: all", ge=1),
+    ] = None
+    keep_every: Annotated[
+        int | None,
+        _help("optimizer steps: with --keep-last, a checkpoint at a multiple of it stays too", ge=1),
+    ] = None
     exit_on_missing_checkpoint: Annotated[bool, NoEffect("a missing checkpoint is always an error")] = False
     no_load_strict: Annotated[bool, Only(False, reason="weights are always loaded strictly")] = False
 

@@ -189,6 +189,18 @@ def check_together(flags: TrainFlags) -> list[Finding]:
                 "Add --save FOLDER",
             )
         )
+    if flags.keep_last is not None and flags.save is None:
+        text = "needs --save: there is no folder to save into"
+        findings.append(flags.finding("keep_last", "missing-flag", text, "Add --save FOLDER"))
+    if flags.keep_every is not None and flags.keep_last is None:
+        text = "needs --keep-last: without it every checkpoint stays"
+        findings.append(flags.finding("keep_every", "missing-flag", text, "Add --keep-last N"))
+    if flags.async_save and flags.no_async_save:
+        text = "contradicts --async-save"
+        findings.append(flags.finding("no_async_save", "conflict", text, "Leave one of them out"))
+    if flags.save_hf and flags.save is None:
+        text = "needs --save: the folders are written into that of the run"
+        findings.append(flags.finding("save_hf", "missing-flag", text, "Add --save FOLDER"))
     if flags.finetune and flags.load is None:
         findings.append(
             flags.finding("finetune", "missing-flag", "needs --load: there are no weights to start from")

@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -15,7 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mm_core.data.collate import Batch, Item, collate
 from mm_core.data.errors import DataError
-from mm_core.data.order import GlobalOrder, MicroBatchSampler, Slot
+from mm_core.data.order import GlobalOrder, MicroBatchSampler, Slot, check_sizes
+from mm_core.data.streams import Failure, StreamedBatches, is_streamed
+from mm_core.random import keyed_generator, keyed_global_generators
 
 if TYPE_CHECKING:
     from mm_core.config.data import DataConfig
@@ -34,13 +35,6 @@ class KeyedDataset(Protocol):
         """Return sample `index` as the `key`-th sample that the run consumes."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """A `DataError` on its way out of a worker: torch would put the worker's traceback into its message."""
-
-    error: DataError
-
-
 class MicroBatches:
     """The endless stream of micro batches of one data-parallel rank; iterate it once.
 
@@ -52,9 +46,13 @@ class MicroBatches:
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._loader = loader
 
+    def state_dict(self) -> Any:
+        """`None`: the number of consumed samples says it all."""
+        return None
+
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
-            if isinstance(batch, _Failure):
+            if isinstance(batch, Failure):
                 raise batch.error
             yield batch
 
@@ -70,30 +68,45 @@ def build_loader(
     global_batch_size: int,
     num_workers: int = 0,
     consumed_samples: int = 0,
-) -> MicroBatches:
+    position: Any = None,
+) -> MicroBatches | StreamedBatches:
     """Return the micro batches of one data-parallel rank, from the run's `consumed_samples`-th sample on,
     without end.
 
-    The samples are the same for any `dp_size`, `micro_batch_size` and `num_workers`; see
-    `mm_core.data.order`.
+    Of a map-style dataset, the samples are the same for any `dp_size`, `micro_batch_size` and `num_workers`; see
+    `mm_core.data.order`. An iterable one goes on for as many of each as before only; see `mm_core.data.streams`.
 
     Args:
-        dataset: map-style; its items are dicts. With `get(index, key)` its randomness follows the
-            consumed-sample index; with `collate_fn` it stacks its own batches.
+        dataset: its items are dicts; with `collate_fn` it stacks its own batches. Map-style: with `get(index, key)`
+            its randomness follows the consumed-sample index; without, the global generators that it draws from do.
         data: `dataloader_param` says about shuffling, prefetching and pinned memory.
         num_workers: processes that decode; 0 decodes in this one.
+        position: of an iterable dataset: what `state_dict()` of this rank's loader returned.
 
     Raises:
-        DataError: the batch sizes do not fit, or the dataset cannot be indexed.
+        DataError: the batch sizes do not fit, or the dataset can neither be indexed nor continued.
     """
+    options = data.dataloader_param
+    settings: dict[str, Any] = {
+        "num_workers": num_workers,
+        "pin_memory": bool(options.pin_memory) and torch.accelerator.is_available(),
+        "prefetch_factor": (options.prefetch_factor or 2) if num_workers else None,
+        "worker_init_fn": _start_worker if num_workers else None,
+    }
+    collate_fn: Collate = getattr(dataset, "collate_fn", None) or collate
+    if is_streamed(dataset):
+        check_sizes(micro_batch_size, global_batch_size, dp_size)
+        return StreamedBatches(
+            dataset, seed=seed, dp_rank=dp_rank, dp_size=dp_size, collate_fn=collate_fn,
+            consumed_samples=consumed_samples, position=position, batch_size=micro_batch_size, **settings,
+        )  # fmt: skip
     if not hasattr(dataset, "__len__") or not (
         isinstance(dataset, KeyedDataset) or hasattr(dataset, "__getitem__")
     ):
         raise DataError(
             f"{type(dataset).__name__} has no length or cannot be indexed; "
-            "a dataset must have __len__, and __getitem__ or get"
+            "a dataset must have __len__, and __getitem__ or get, or be iterable"
         )
-    options = data.dataloader_param
     shuffle = options.shuffle and options.sampler_type != "SequentialSampler"
     sampler = MicroBatchSampler(
         GlobalOrder(len(dataset), seed, shuffle=shuffle),
@@ -104,13 +117,12 @@ def build_loader(
         consumed_samples=consumed_samples,
     )
     loader: DataLoader[Any] = DataLoader(
-        _Slots(dataset),
+        _Slots(dataset, seed),
         batch_sampler=sampler,
-        collate_fn=_Collate(getattr(dataset, "collate_fn", None) or collate),
-        num_workers=num_workers,
-        pin_memory=bool(options.pin_memory) and torch.accelerator.is_available(),
-        prefetch_factor=(options.prefetch_factor or 2) if num_workers else None,
-        worker_init_fn=_start_worker if num_workers else None,
+        collate_fn=_Collate(collate_fn),
+        # Its own seed: torch's would be drawn from the generator of module dropout, at each start of the run.
+        generator=keyed_generator(seed, "workers", dp_rank),
+        **settings,
     )
     return MicroBatches(loader)
 
@@ -118,16 +130,21 @@ def build_loader(
 class _Slots(Dataset[Any]):
     """A dataset indexed by (dataset index, consumed-sample index)."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, seed: int) -> None:
         self.dataset = dataset
+        self.seed = seed
         self.keyed = isinstance(dataset, KeyedDataset)
 
-    def __getitem__(self, slot: Slot) -> Item | _Failure:
+    def __getitem__(self, slot: Slot) -> Item | Failure:
         index, key = slot
         try:
-            item = self.dataset.get(index, key) if self.keyed else self.dataset[index]
+            if self.keyed:
+                item = self.dataset.get(index, key)
+            else:  # whatever it draws, it draws the same on any rank, in any worker, and after a resume
+                with keyed_global_generators(self.seed, "sample", key):
+                    item = self.dataset[index]
         except DataError as error:
-            return _Failure(error)
+            return Failure(error)
         return {**item, "sample_index": key}
 
 
@@ -137,15 +154,15 @@ class _Collate:
     def __init__(self, function: Collate) -> None:
         self.function = function
 
-    def __call__(self, items: Sequence[Item | _Failure]) -> Batch | _Failure:
-        good = [item for item in items if not isinstance(item, _Failure)]
+    def __call__(self, items: Sequence[Item | Failure]) -> Batch | Failure:
+        good = [item for item in items if not isinstance(item, Failure)]
         if len(good) < len(items):
-            return next(item for item in items if isinstance(item, _Failure))
+            return next(item for item in items if isinstance(item, Failure))
         try:
             indices = torch.tensor([item["sample_index"] for item in good], dtype=torch.int64)
             batch = self.function([{k: v for k, v in item.items() if k != "sample_index"} for item in good])
         except DataError as error:
-            return _Failure(error)
+            return Failure(error)
         return {**batch, "sample_index": indices}
 
 

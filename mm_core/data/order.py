@@ -72,18 +72,7 @@ class MicroBatchSampler:
         global_batch_size: int,
         consumed_samples: int = 0,
     ) -> None:
-        if micro_batch_size < 1 or global_batch_size < 1 or dp_size < 1:
-            raise DataError(
-                f"micro batch {micro_batch_size}, global batch {global_batch_size} and {dp_size} "
-                "data-parallel ranks must all be at least 1"
-            )
-        together = micro_batch_size * dp_size
-        if global_batch_size % together:
-            raise DataError(
-                f"global batch size {global_batch_size} is not a multiple of {together} = micro batch size "
-                f"{micro_batch_size} × {dp_size} data-parallel rank{'s' if dp_size > 1 else ''}; "
-                f"choose a multiple of {together}"
-            )
+        check_sizes(micro_batch_size, global_batch_size, dp_size)
         if not 0 <= dp_rank < dp_size:
             raise DataError(f"data-parallel rank {dp_rank} is not among {dp_size}")
         if consumed_samples < 0:
@@ -101,3 +90,23 @@ class MicroBatchSampler:
         while True:
             yield [(self.order[k], k) for k in range(first, first + self.micro_batch_size)]
             first += self.micro_batch_size * self.dp_size
+
+
+def check_sizes(micro_batch_size: int, global_batch_size: int, dp_size: int) -> None:
+    """Check that a global batch can be dealt.
+
+    Raises:
+        DataError: it cannot.
+    """
+    if micro_batch_size < 1 or global_batch_size < 1 or dp_size < 1:
+        raise DataError(
+            f"micro batch {micro_batch_size}, global batch {global_batch_size} and {dp_size} "
+            "data-parallel ranks must all be at least 1"
+        )
+    together = micro_batch_size * dp_size
+    if global_batch_size % together:
+        raise DataError(
+            f"global batch size {global_batch_size} is not a multiple of {together} = micro batch size "
+            f"{micro_batch_size} × {dp_size} data-parallel rank{'s' if dp_size > 1 else ''}; "
+            f"choose a multiple of {together}"
+        )

@@ -29,7 +29,12 @@ RANDOM = "random"
 
 
 def build_pipeline(
-    job: GenerationJob, *, device: torch.device, seed: int, load: str | Path | None = None
+    job: GenerationJob,
+    *,
+    device: torch.device,
+    seed: int,
+    load: str | Path | None = None,
+    ema: bool = False,
 ) -> tuple[Any, dict[str, str]]:
     """Build the model with its weights, and the pipeline around it.
 
@@ -37,12 +42,14 @@ def build_pipeline(
         device: where to compute.
         seed: of random predictor weights, where the file asks for them.
         load: training run, checkpoint or folder of weights of `predictor`; the job's own by default.
+        ema: take the averaged weights of that checkpoint.
 
     Returns:
         The pipeline, and where the weights of each expert came from (an absolute path, or `random`).
 
     Raises:
-        UserError: weights are missing or do not fit, or the tokenizer has more ids than the text encoder.
+        UserError: weights are missing or do not fit, there are no averaged ones, or the tokenizer has more ids than the
+            text encoder.
     """
     pipeline = job.components["pipeline"]
     resident = torch.device("cpu") if pipeline.fields.get("cpu_offload") else device
@@ -51,10 +58,17 @@ def build_pipeline(
     if model.text_encoder is not None:
         check_vocabulary(model.text_encoder, len(tokenizer))
     sources = {}
+    if ema and (load or job.load) is None:
+        raise UserError(
+            "--ema: there is no checkpoint to take averaged weights of; add --load with a run or a checkpoint"
+        )
     for name in EXPERTS:
         if name in job.components:
             given = (load or job.load) if name == "predictor" else None
-            sources[name] = _fill(getattr(model, name), name, job.components[name], resident, seed, given)
+            averaged = ema and given is not None
+            sources[name] = _fill(
+                getattr(model, name), name, job.components[name], resident, seed, given, ema=averaged
+            )
     model.eval()
     cls: Any = default_manager().load(pipeline.spec)
     return cls(model, tokenizer, device=device, **pipeline.fields), sources
@@ -67,6 +81,8 @@ def _fill(
     device: torch.device,
     seed: int,
     load: str | Path | None,
+    *,
+    ema: bool = False,
 ) -> str:
     """Give an expert its storage and weights; `load` comes before the section's own source."""
     source = load
@@ -87,11 +103,15 @@ def _fill(
         return RANDOM
     path = Path(source).expanduser()
     if is_hf_folder(path):
+        if ema:
+            raise UserError(
+                f"--ema: {path} is a folder of weights, which are averaged or not; give a run or a checkpoint"
+            )
         load_predictor_folder(module, path, component)
     else:
         path = resolve_load(path)
         # A run trains one expert, whichever of the two it is, under this name.
-        load_module_weights(module, path, prefix="predictor")
+        load_module_weights(module, path, prefix="predictor", ema=ema)
     return str(path.resolve())
 
 

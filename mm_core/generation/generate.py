@@ -33,6 +33,7 @@ def generate(
     *,
     prompts: Sequence[str] | None = None,
     load: str | Path | None = None,
+    ema: bool = False,
     save_path: str | Path | None = None,
     seed: int | None = None,
     steps: int | None = None,
@@ -52,6 +53,7 @@ def generate(
         job: a checked inference file.
         prompts: instead of the job's.
         load: training run, checkpoint or folder with the predictor's weights, instead of the job's.
+        ema: use the averaged weights of that checkpoint.
         save_path: instead of the job's: a folder, or a name ending in .mp4 (numbered if there are several
             videos).
         seed: of noise, and of random weights where the file asks for them; else that of `pipeline_config`,
@@ -79,7 +81,7 @@ def generate(
     save_path = Path(save_path or job.model.save_path).expanduser()
     targets = _targets(save_path, texts)
     with _folder_of_videos(targets[0].parent, save_path):  # hours of sampling end there: it comes first
-        pipeline, sources = build_pipeline(job, device=device, seed=seed, load=load)
+        pipeline, sources = build_pipeline(job, device=device, seed=seed, load=load, ema=ema)
         record = {
             "negative_prompt": negative_prompt,
             "seed": seed,
@@ -87,6 +89,7 @@ def generate(
             "guidance_scale": guidance_scale,
             "fps": job.model.save_fps,
             "weights": sources,
+            "ema": ema,
             "device": str(device),
             "versions": _versions(job),
             "config": job.resolved()["values"],

@@ -125,7 +125,7 @@ def sharding_policy(component: ComponentConfig) -> ShardingPolicy | None:
             policy = policy(component.fields)
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # what exits would end the job, and with its code
             raise UserError(
                 f"sharding policy {name} of {spec.distribution} failed with {described(error)}; it is called with the "
                 "section and returns a ShardingPolicy"

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError  # a value of config.jso
 from mm_core.models.skeleton import build_skeleton, collecting
 from mm_core.weights import StateDictAdapter, find_adapter, load_hf_folder
 from mm_core.weights.adapter import problems_of
+from mm_core.weights.hf_folder import LoadedFolder
 from mm_registry.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _dtype_argument(cls: type) -> str:
 
 def load_predictor_folder(
     module: torch.nn.Module, folder: str | os.PathLike[str], component: ComponentConfig | None = None
-) -> None:
+) -> LoadedFolder:
     """Load a Hugging Face folder into a predictor, sharded or not, after a look at the folder's config.json.
 
     Shapes alone do not tell one network from another: with another number of heads or another epsilon the
@@ -145,6 +146,9 @@ def load_predictor_folder(
     Args:
         component: the predictor's section; its weights adapter, if one is registered, says what the folder's
             keys are called in the module.
+
+    Returns:
+        What the folder was like, to write it again as it came.
 
     Raises:
         UserError: config.json and section disagree, the weights do not fit, or the adapter is none.
@@ -158,7 +162,7 @@ def load_predictor_folder(
         raise UserError(
             f"{where}: the section does not describe the network in {str(folder)!r}: {'; '.join(differences)}"
         )
-    load_hf_folder(module, path, adapter)
+    return load_hf_folder(module, path, adapter)
 
 
 def folder_differences(

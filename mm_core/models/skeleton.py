@@ -17,9 +17,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from mm_core.weights.errors import WeightsError
 from mm_core.weights.fit import FolderFit, fit_problems
 from mm_core.weights.headers import StoredTensor, read_headers
-from mm_core.weights.hf_folder import weight_files
+from mm_core.weights.hf_folder import known_recipes, weight_files
+from mm_core.weights.mapping import module_recipes
+from mm_core.weights.recipe import result_shape
 from mm_registry.errors import UserError
 from mm_registry.words import described
 
@@ -104,19 +107,14 @@ def _as_loaded(
         if callable(fix):
             fix(shapes)  # attention of old folders is renamed, in place
         return shapes, set(), True
+    own = model.state_dict(keep_vars=True)
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-    except ImportError:  # another version of transformers: its renaming cannot be asked
+        recipes = known_recipes(model, module_recipes(model, None, shapes), own)
+        renamed = {name: result_shape(recipe, shapes) for name, recipe in recipes.items()}
+    except (
+        WeightsError
+    ):  # an operation of transformers that has no recipe, or tensors that do not go together
         return shapes, set(), False
-    mapping = get_model_conversion_mapping(model)
-    if not all(isinstance(entry, WeightRenaming) for entry in mapping):
-        return shapes, set(), False  # tensors are merged or split on the way
-    own = model.state_dict()
-    renamed = {}
-    for name, shape in shapes.items():
-        new, _ = rename_source_key(name, mapping, [], model.base_model_prefix, own)
-        renamed[name if new not in own and name in own else new] = shape
     stored_once = any(name in renamed for pair in ties.items() for name in pair)
     optional = {*ties, *ties.values()} if stored_once else set()
     for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ():

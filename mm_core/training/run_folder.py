@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mm_core.weights import complete_checkpoints, remove_temporaries
+from mm_core.weights.layout import TEMPORARY
 from mm_registry.errors import UserError
 
 _PATIENCE = 20.0  # seconds
@@ -77,13 +78,11 @@ class RunFolder:
             self.logs.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a+")
         except OSError as error:
-            raise UserError(
-                f"--save {self.path}: the run's folder cannot be written ({error.strerror}); "
-                "name another folder."
-            ) from error
+            raise self._unwritable(error) from error
         try:
             self._take_lock(self._lock, _PATIENCE if self.belongs_to(job) else 0.0)
             self._refuse_to_overwrite(continued)
+            self._try_to_write_checkpoints()
             self._lock.truncate(0)
             self._lock.write(job or "")
             self._lock.flush()
@@ -114,6 +113,23 @@ class RunFolder:
                 f"--save {self.path}: the folder cannot be locked ({error.strerror}), so two runs could mix "
                 "in it; name a folder on a file system that has locks."
             ) from error
+
+    def _try_to_write_checkpoints(self) -> None:
+        """Their folder may be a disk of its own; the first save would be late to know."""
+        probe = self.checkpoints / f"{TEMPORARY}probe"
+        if not self.checkpoints.exists():
+            return
+        try:
+            probe.mkdir(exist_ok=True)
+            probe.rmdir()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"--save {self.path}: the run's folder cannot be written ({error.strerror}: {error.filename}); "
+            "name another folder."
+        )
 
     def _refuse_to_overwrite(self, continued: Path | None) -> None:
         """A complete checkpoint is never overwritten; better to say so now than after hours of training."""

@@ -28,6 +28,7 @@ from mm_core.training.launch import (
 )
 from mm_core.training.membership import Membership
 from mm_core.training.precheck import check_build
+from mm_core.training.resume import find_resume
 from mm_core.training.run_folder import RunFolder
 from mm_core.training.stop import EXIT_TERMINATED, StopSignal
 from mm_core.training.trainer import Trainer
@@ -127,6 +128,7 @@ def _train_rank(job: TrainingJob, dataset: Any, member: Membership) -> int:
         if run is not None:
             job = _continue_own_run(job, run)
             set_args(job)
+        resume = find_resume(job, dataset)  # before anything is written
         removed = _open(run, job, rank)
         if run is not None:
             member.log_to(run.logs)
@@ -141,7 +143,7 @@ def _train_rank(job: TrainingJob, dataset: Any, member: Membership) -> int:
             accelerator.deterministic()
         accelerator.seed_all(job.flags.seed + rank)
         with StopSignal(member.children.terminate if member.children else None) as stop:
-            stopped = Trainer(job, accelerator, run, dataset).train(lambda: stop.requested)
+            stopped = Trainer(job, accelerator, run, dataset, resume).train(lambda: stop.requested)
         # Only an orderly end: after a failure the peers may stand in a collective, and waiting for them would hang.
         dist.destroy_process_group()
         return EXIT_TERMINATED if stopped else 0

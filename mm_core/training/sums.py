@@ -15,13 +15,16 @@ _TOKEN_UNIT = (
 
 @dataclass(frozen=True)
 class StepTotals:
-    """Sums over the global batch; `stop` is true when any rank was asked to stop."""
+    """Sums over the global batch; `stop` is true when any rank was asked to stop, `save_failed` when any rank knows of a
+    checkpoint that could not be written.
+    """
 
     loss: float
     weight: float
     tokens: float
     stop: bool
     metrics: dict[str, float]
+    save_failed: bool = False
 
 
 class StepSums:
@@ -47,7 +50,9 @@ class StepSums:
         for name, value in metrics.items():
             self.metrics[name] = self.metrics.get(name, torch.zeros_like(self.loss)) + value.detach()
 
-    def reduce(self, stop: bool, others: torch.Tensor | None = None) -> ReducedSums:
+    def reduce(
+        self, stop: bool, others: torch.Tensor | None = None, *, save_failed: bool = False
+    ) -> ReducedSums:
         """Sum over all ranks. Every rank must have the same metric names.
 
         Args:
@@ -61,6 +66,7 @@ class StepSums:
                 *(self.metrics[name] for name in names),
                 # Not new_tensor: a copy from the host waits for the device.
                 self.loss.new_full((), float(stop)),
+                self.loss.new_full((), float(save_failed)),
                 self.loss.new_full((), self.tokens // _TOKEN_UNIT),
                 self.loss.new_full((), self.tokens % _TOKEN_UNIT),
             ]
@@ -103,6 +109,7 @@ class ReducedSums:
             numbers: a copy on the host; without it this waits for the device.
         """
         values = self.numbers.tolist() if numbers is None else numbers
-        loss, weight, *metrics, stopped, thousands, rest = values
+        loss, weight, *metrics, stopped, failed, thousands, rest = values
         tokens = thousands * _TOKEN_UNIT + rest
-        return StepTotals(loss, weight, tokens, stopped > 0, dict(zip(self.metrics, metrics, strict=True)))
+        named = dict(zip(self.metrics, metrics, strict=True))
+        return StepTotals(loss, weight, tokens, stopped > 0, named, failed > 0)

@@ -6,20 +6,23 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 import mm_core
 from mm_core.accelerator import Accelerator
 from mm_core.config import TrainingJob
 from mm_core.config.document import expanded
 from mm_core.data import build_loader
+from mm_core.data.streams import is_streamed
 from mm_core.models.factory import build_sora_model
-from mm_core.models.pretrained import load_predictor_folder
 from mm_core.models.text_encoders import check_vocabulary
 from mm_core.observe.callback import Callback, RunContext, StepRecord
 from mm_core.observe.console import ConsoleProgress, human_count, show
@@ -27,27 +30,23 @@ from mm_core.observe.metrics import MetricsFile, TensorBoard
 from mm_core.observe.profiler import StaticProfile
 from mm_core.observe.step_log import StepLog
 from mm_core.sharding.table import plan_texts
+from mm_core.training.changes import identity, learning_rate
+from mm_core.training.ema import ExponentialAverage
+from mm_core.training.export import Exported, check_export, export
 from mm_core.training.gradients import scale_and_clip
+from mm_core.training.initial_weights import load_initial_weights
 from mm_core.training.optimizer import build_optimizer
+from mm_core.training.resume import Resume, find_resume, loader_state
 from mm_core.training.run_folder import RunFolder
-from mm_core.training.schedule import LearningRate
+from mm_core.training.saving import CheckpointSaver
 from mm_core.training.step import GradientExchange, StepReport, UnusedParameters, sharded_roots
 from mm_core.training.sums import StepSums
-from mm_core.weights import is_hf_folder, load_checkpoint, materialize, resolve_load, save_checkpoint
+from mm_core.weights.retention import Retention
+from mm_core.weights.stored import StoredWeights
+from mm_core.weights.writing import Contents
 from mm_registry import default_manager
-from mm_registry.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-def changed_plugins(before: Mapping[str, str], now: Sequence[tuple[str, str]]) -> list[str]:
-    """A line for each distribution in use whose version is not the checkpoint's."""
-    lines = []
-    for name in sorted({*before, *dict(now)}):
-        old, new = before.get(name, "absent"), dict(now).get(name, "absent")
-        if old != new:
-            lines.append(f"{name} is {new}, and was {old} when the checkpoint was written")
-    return lines
 
 
 class Trainer:
@@ -60,18 +59,27 @@ class Trainer:
         accelerator: the device of this rank.
         run: the run's folder, opened by rank 0; `None` when nothing is saved.
         dataset: of the job, from `build_dataset`.
+        resume: from `find_resume`, if that was asked before.
     """
 
     def __init__(
-        self, job: TrainingJob, accelerator: Accelerator, run: RunFolder | None, dataset: Any
+        self,
+        job: TrainingJob,
+        accelerator: Accelerator,
+        run: RunFolder | None,
+        dataset: Any,
+        resume: Resume | None = None,
     ) -> None:
         flags = job.flags
         self.job, self.flags, self.accelerator, self.run = job, flags, accelerator, run
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.device = accelerator.device
-        self.step = 0
-        self.consumed_samples = 0
-        self.loaded: dict[str, Any] = {}  # what the checkpoint that is continued says of its run
+        self.resume = resume = resume or find_resume(job, dataset)
+        self.step = resume.step if resume else 0
+        self.consumed_samples = resume.consumed_samples if resume else 0
+        # How each component's weights lay in the folder that they came from.
+        self.stored = resume.stored if resume else {}
+        self.exported_at = -1
         self.accumulation = flags.accumulation_steps(self.world_size)
 
         self.model = build_sora_model(job.components, device=self.device, hooks=job.hooks)
@@ -79,7 +87,9 @@ class Trainer:
         if tokenizer_size is not None and self.model.text_encoder is not None:
             check_vocabulary(self.model.text_encoder, tokenizer_size, tokenizer="tokenizer_config")
         self.model.fully_shard(None, job.fsdp2)
-        self._load_initial_weights()
+        initial = load_initial_weights(self.model.predictor, job, self.device)
+        if initial is not None:
+            self.stored["predictor"] = initial
         self.model.train()
         self.parameters = [p for p in self.model.predictor.parameters() if p.requires_grad]
         # With `clip_grad_async` the host never waits for a step: a bad one is skipped on the device and noticed a step later.
@@ -92,83 +102,19 @@ class Trainer:
             (), device=self.device
         )  # 1 once a step was bad: none after it changes a weight
         self.reports: deque[StepReport] = deque()  # steps whose numbers were not read yet
-        self.learning_rate = LearningRate(
-            peak=flags.lr,
-            minimum=flags.min_lr or 0.0,
-            style=flags.lr_decay_style,
-            warmup_steps=flags.warmup_steps,
-            warmup_init=flags.lr_warmup_init,
-            decay_steps=flags.lr_decay_iters or flags.train_iters,
-        )
+        self.learning_rate = learning_rate(flags)
+        trained = {"predictor": self.model.predictor}
+        self.ema = None if flags.ema_decay is None else ExponentialAverage(trained, flags.ema_decay)
         task = mm_core.TASK_MAPPINGS[job.components["task"].model_id]
         self.task = task(self.model, seed=flags.seed, device=self.device)
-        self._resume()
-        self.batches = self._build_batches(dataset)
-        self.callbacks = self._build_callbacks()
-
-    # -- building ---------------------------------------------------------------------------------------------------
-
-    def _load_initial_weights(self) -> None:
-        """Give the sharded predictor its storage, then its values: keyed random ones, or those of a Hugging Face folder."""
-        predictor, section, load = self.model.predictor, self.job.components["predictor"], self.flags.load
-        folder = section.from_pretrained if section.init == "pretrained" else None
-        if load is not None:  # a run, whose checkpoint `_resume` reads, or a Hugging Face folder
-            folder = load if is_hf_folder(expanded(load)) else None
-        random_init = folder is None and load is None
-        materialize(predictor, self.device, self.flags.seed, random_init=random_init)
-        if folder is not None:
-            load_predictor_folder(predictor, folder, section)
-            log.info("predictor: weights of %s", folder)
-        elif random_init:
-            log.info("predictor has random weights, as its section asks")
-
-    def _resume(self) -> None:
-        """Continue from `--load`, when it names a run or a checkpoint."""
-        flags = self.flags
-        if flags.load is None or is_hf_folder(expanded(flags.load)):
-            return
-        checkpoint = resolve_load(expanded(flags.load))
-        fresh = flags.finetune
-        state = load_checkpoint(
-            checkpoint,
-            {"predictor": self.model.predictor},
-            None if fresh or flags.no_load_optim else self.optimizer,
-            with_rng=not (fresh or flags.no_load_rng),
-        )
-        if fresh:
-            log.info("predictor: weights of %s; the run starts at step 0 (--finetune)", checkpoint)
-            return
-        self.loaded = state
-        if state["seed"] != flags.seed:
-            raise UserError(
-                f"--seed {flags.seed}: the run that --load continues has seed {state['seed']}, and order, noise and timesteps "
-                f"would change in its middle; use --seed {state['seed']}, or --finetune to start another run from its weights."
-            )
-        for line in changed_plugins(state["plugins"], self.job.plugins):
-            log.warning("%s", line)
-        self.step = int(state["step"])
-        self.consumed_samples = int(state["consumed_samples"])
-        log.info("continuing %s after step %d", checkpoint, self.step)
-        if self.step >= flags.train_iters:
-            log.warning(
-                "nothing is left to train: --train-iters is %d, and the checkpoint is of step %d",
-                flags.train_iters,
-                self.step,
-            )
-
-    def _build_batches(self, dataset: Any) -> Iterator[dict[str, Any]]:
-        flags = self.flags
-        self.dataset_samples = len(dataset)
-        before = self.loaded.get("dataset_samples", self.dataset_samples)
-        if before != self.dataset_samples:
-            log.warning(
-                "the dataset has %d samples, and had %d when the checkpoint was written: the order of samples changes from here",
-                self.dataset_samples,
-                before,
-            )
-        loader = build_loader(
+        if resume is not None:
+            resume.restore(trained, self.optimizer, self.ema, flags)
+        # What is built or started from here on may draw, and would do so once more than in a run that was not interrupted.
+        self.generators = accelerator.rng_state() if resume is not None else None
+        self.dataset_samples = None if is_streamed(dataset) else len(dataset)
+        self.loader = build_loader(
             dataset,
-            self.job.data,
+            job.data,
             seed=flags.seed,
             dp_rank=self.rank,
             dp_size=self.world_size,
@@ -176,8 +122,15 @@ class Trainer:
             global_batch_size=flags.global_batch_size,
             num_workers=flags.num_workers,
             consumed_samples=self.consumed_samples,
+            position=resume.position if resume else None,
         )
-        return iter(loader)
+        self.batches = iter(self.loader)
+        if flags.save_hf:
+            check_export(self.exported())
+        self.callbacks = self._build_callbacks()
+        self.saver = None if run is None else self._build_saver(run)
+
+    # -- building ---------------------------------------------------------------------------------------------------
 
     def _build_callbacks(self) -> list[Callback]:
         callbacks: list[Callback] = [ConsoleProgress(), StepLog(self.flags.global_batch_size)]
@@ -197,6 +150,21 @@ class Trainer:
             callback: Any = default_manager().load(spec)
             callbacks.append(callback())
         return callbacks
+
+    def _build_saver(self, run: RunFolder) -> CheckpointSaver:
+        flags = self.flags
+        source = None if self.resume is None else self.resume.checkpoint
+        return CheckpointSaver(
+            run.path,
+            asynchronous=not flags.no_async_save,
+            retention=Retention(flags.keep_last, flags.keep_every, protected=source),
+            patience=timedelta(minutes=flags.distributed_timeout_minutes),
+        )
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint says of the job; the same all through a run."""
+        return {**identity(self.job), "config": self._resolved()}
 
     def _resolved(self) -> dict[str, Any]:
         """The configuration with origins and trace, and what it became: plugins' fingerprint and sharding plans."""
@@ -232,7 +200,11 @@ class Trainer:
             for callback in self.callbacks:
                 ends.callback(callback.on_train_end, context)
                 callback.on_train_start(context)
+            if self.saver is not None:
+                ends.enter_context(self.saver)  # the last checkpoint is complete before a callback ends
             self._describe()
+            if self.generators is not None:
+                self.accelerator.set_rng_state(self.generators)
             while self.step < flags.train_iters and not stopping:
                 for callback in self.callbacks:
                     callback.on_step_start(context, self.step + 1)
@@ -243,10 +215,14 @@ class Trainer:
                 if flags.save_interval and self.step % flags.save_interval == 0:
                     stopping = self._tell(context) or stopping  # nothing bad is saved
                     self.save()
+                    self.export()
                     saved_at = self.step
             stopping = self._tell(context) or stopping
             if saved_at != self.step:
                 self.save()
+            if self.saver is not None and self.flags.save_hf:
+                self.saver.finish()  # after SIGTERM there may be no time for more than the checkpoint
+            self.export()  # also of a run that was killed between its last checkpoint and this
         return stopping
 
     def _micro_batches(self, indices: list[int]) -> Iterator[dict[str, Any]]:
@@ -269,7 +245,8 @@ class Trainer:
             losses.sum().backward()
             sums.add(losses, weights, metrics, self.task.tokens(inputs))
         assert count == self.accumulation, f"the task made {count} of {self.accumulation} micro batches"
-        reduced = sums.reduce(stop_requested(), self.unused.numbers())
+        save_failed = self.saver is not None and self.saver.failed
+        reduced = sums.reduce(stop_requested(), self.unused.numbers(), save_failed=save_failed)
         self.unused.drop(reduced.others)
 
         # FSDP averages gradients over the ranks; what is wanted is their sum divided by the weight of the whole global batch.
@@ -288,6 +265,8 @@ class Trainer:
             report.read()  # raises before a weight is changed
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update()
 
         self.step += 1
         self.consumed_samples += flags.global_batch_size
@@ -321,31 +300,54 @@ class Trainer:
             )
             for callback in self.callbacks:
                 callback.on_step_end(context, record)
+            if self.saver is not None:
+                self.saver.poll(total.save_failed)
             stopping = stopping or total.stop
         return stopping
 
     # -- saving -----------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of this step (all ranks call it); nothing without `--save`."""
-        if self.run is None:
+        """Save a checkpoint of this step (all ranks call it); nothing without `--save`."""
+        if self.saver is None:
             return
-        path = save_checkpoint(
-            self.run.path,
-            self.step,
-            {"predictor": self.model.predictor},
-            None if self.flags.no_save_optim else self.optimizer,
-            {
-                "step": self.step,
-                "consumed_samples": self.consumed_samples,
-                "seed": self.flags.seed,
-                "dataset_samples": self.dataset_samples,
-                "plugins": dict(self.job.plugins),
-                "config": self._resolved(),
-            },
-            with_rng=not self.flags.no_save_rng,
-        )
-        log.info("checkpoint %s", path)
+        optimizer = None if self.flags.no_save_optim else self.optimizer
+        contents = Contents(self.saved_modules(), optimizer, self.state(), not self.flags.no_save_rng)
+        self.saver.save(self.step, contents)
+
+    def export(self) -> None:
+        """Write the weights of this step as Hugging Face folders (all ranks call it), if `--save-hf` asks for it."""
+        if self.run is None or not self.flags.save_hf or self.exported_at == self.step:
+            return
+        export(self.run.path, self.step, self.exported())
+        self.exported_at = self.step
+
+    def exported(self) -> dict[str, Exported]:
+        """What `--save-hf` writes: what is trained, and its averages."""
+        name = "predictor"
+        averages = None if self.ema is None else self.ema.tensors(name)
+        stored = self.stored.get(name, StoredWeights())
+        return {name: Exported(self.model.predictor, self.job.components[name], stored, averages)}
+
+    def saved_modules(self) -> dict[str, nn.Module]:
+        """The modules of a checkpoint: what is trained, and its averages."""
+        return {"predictor": self.model.predictor, **(self.ema.modules() if self.ema is not None else {})}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors and generators (all ranks call it)."""
+        optional = {
+            "dataset_samples": self.dataset_samples,
+            "weights": {name: stored.as_json() for name, stored in self.stored.items()} or None,
+            "ema": {"decay": self.ema.decay} if self.ema is not None else None,
+        }
+        return {
+            "step": self.step,
+            "consumed_samples": self.consumed_samples,
+            "seed": self.flags.seed,
+            **self.identity,
+            **{name: value for name, value in optional.items() if value is not None},
+            **loader_state(self.loader, self.flags),
+        }
 
     def _describe(self) -> None:
         if self.rank == 0:

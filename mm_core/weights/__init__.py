@@ -4,6 +4,7 @@ from mm_core._lazy import lazy_exports
 
 __all__ = [
     "CheckpointError",
+    "LoadedFolder",
     "StateDictAdapter",
     "WeightsError",
     "complete_checkpoints",
@@ -24,6 +25,7 @@ __getattr__, __dir__ = lazy_exports(
     __name__,
     {
         "CheckpointError": "mm_core.weights.errors",
+        "LoadedFolder": "mm_core.weights.hf_folder",
         "StateDictAdapter": "mm_core.weights.adapter",
         "WeightsError": "mm_core.weights.errors",
         "complete_checkpoints": "mm_core.weights.layout",

@@ -6,7 +6,7 @@ Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from mm_core.weights.errors import WeightsError
@@ -15,6 +15,7 @@ from mm_registry.words import described, shown
 
 if TYPE_CHECKING:
     from mm_core.config.component import ComponentConfig
+    from mm_core.weights.recipe import Recipe
 
 GROUP = "mm_core.weights"
 _RESERVED = "__metadata__"  # by the format of safetensors
@@ -25,7 +26,8 @@ _METHODS = ("to_module", "to_folder", "config_to_folder", "config_problems")
 class StateDictAdapter(Protocol):
     """What `mm_core.weights` entries are, or return when they are called with the section's fields.
 
-    Keys are renamed one to one; tensors are copied as they are.
+    Keys are renamed one to one; tensors are copied as they are. An adapter of a model whose folders keep tensors
+    otherwise than the model (one per expert, on their side, several in one) has two more methods, `ConvertsLayout`'s.
     """
 
     def to_module(self, key: str) -> str:
@@ -44,6 +46,31 @@ class StateDictAdapter(Protocol):
         """Say what a folder's config.json describes otherwise than the section's fields; nothing if they
         agree.
         """
+        ...
+
+
+@runtime_checkable
+class ConvertsLayout(Protocol):
+    """What an adapter may have besides, for tensors that are more than renamed.
+
+    Both methods get all tensors and answer only for those that need it; the rest is renamed.
+    """
+
+    def layout(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Recipe]:
+        """Return the module's name of a tensor -> how it is made of the folder's, whose shapes are given."""
+        ...
+
+    def folder_layout(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Recipe]:
+        """Return the folder's name of a tensor -> how it is made of the module's; the inverse of `layout`."""
+        ...
+
+
+@runtime_checkable
+class ReadsForeign(Protocol):
+    """What an adapter may have besides, for checkpoints that other software wrote."""
+
+    def from_foreign(self, keys: Iterable[str]) -> Mapping[str, str]:
+        """Return the checkpoint's name of a tensor -> the module's; names that it does not know stay."""
         ...
 
 

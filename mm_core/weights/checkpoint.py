@@ -8,9 +8,7 @@ into one folder, which they must share.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +16,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
@@ -33,8 +29,9 @@ from mm_core.weights.agreement import rank, ranks_agree, world_size
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.metadata import SafeReader, read_metadata
 from mm_core.weights.optimizer_state import PREFIX, NamedOptimizer
-from mm_core.weights.state_file import FORMAT, STATE, fault_of_state, read_state
-from mm_core.weights.tensors import compare_keys, shortened, state_tensors
+from mm_core.weights.state_file import EMA, read_state
+from mm_core.weights.tensors import compare_keys, shortened
+from mm_core.weights.writing import CheckpointWriter, Contents, module_tensors, rng_name
 from mm_registry.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -65,45 +62,9 @@ def save_checkpoint(
         WeightsError: this iteration is already there, complete.
         CheckpointError: writing failed on some rank. Nothing that existed before was touched.
     """
-    checkpoints = Path(run) / "checkpoints"
-    final = checkpoints / layout.folder_name(iteration)
-    temporary = checkpoints / f"{layout.TEMPORARY}{final.name}"
-    what = f"writing {final}"
-    with ranks_agree(what):
-        if fault := fault_of_state(state):
-            raise ValueError(fault)
-        named = None if optimizer is None else NamedOptimizer(optimizer, modules)
-        content = {
-            "format": FORMAT,
-            "iteration": iteration,
-            "world_size": world_size(),
-            "torch": torch.__version__,
-            "modules": list(modules),
-            "optimizer": None if named is None else named.settings(),
-            "state": dict(state),
-        }
-        text = json.dumps(content, indent=1)
-        tensors = _module_tensors(modules) | ({} if named is None else named.tensors())
-        if rank() == 0:
-            layout.prepare(checkpoints, iteration)
-    with ranks_agree(what):
-        dcp.save(
-            {name: tensor.detach() for name, tensor in tensors.items()},
-            storage_writer=FileSystemWriter(temporary, sync_files=True),
-        )
-    with ranks_agree(what):
-        if with_rng:
-            _write_rng(temporary / _rng_name(rank()))
-        if rank() == 0:
-            layout.write_text(temporary / STATE, text)
-        # Each rank reads what it wrote, all at once; rank 0 alone would take as long as all of them together.
-        own = {file.name: layout.checksum(file) for file in sorted(temporary.glob(f"__{rank()}_*.distcp"))}
-    checksums = _gathered(own)
-    with ranks_agree(what):
-        if rank() == 0:
-            layout.write_marker(temporary, iteration, checksums)
-            layout.publish(temporary, final)
-    return final
+    writer = CheckpointWriter(run)
+    contents = Contents(modules, optimizer, state, with_rng)
+    return writer.write(writer.prepare(iteration, contents, snapshot=False))
 
 
 def load_checkpoint(
@@ -138,7 +99,7 @@ def load_checkpoint(
     with ranks_agree(what):
         content = read_state(checkpoint)
         stored = _stored_shapes(checkpoint)
-        tensors = _module_tensors(modules)
+        tensors = module_tensors(modules)
         _check_modules(tensors, stored, modules, checkpoint)
         named = None
         if optimizer is not None:
@@ -160,7 +121,9 @@ def load_checkpoint(
     return state
 
 
-def load_module_weights(module: nn.Module, checkpoint: Path, prefix: str = "predictor") -> None:
+def load_module_weights(
+    module: nn.Module, checkpoint: Path, prefix: str = "predictor", *, ema: bool = False
+) -> None:
     """Read one module of a training checkpoint, in place, in one process and without sharding; dtypes are
     converted.
 
@@ -168,67 +131,54 @@ def load_module_weights(module: nn.Module, checkpoint: Path, prefix: str = "pred
         module: materialised and unsharded.
         checkpoint: one complete `iter_…` folder, as `resolve_load` returns it.
         prefix: the name that it was saved under.
+        ema: take the averages of the weights that were trained (`--ema-decay`), and the rest as it was.
 
     Raises:
-        WeightsError: as `load_checkpoint`.
+        WeightsError: as `load_checkpoint`, or there are no averages.
     """
     checkpoint = Path(checkpoint)
     if any(isinstance(p, DTensor) for p in module.parameters()):
         raise RuntimeError("the module is sharded; use load_checkpoint on all ranks")
     with ranks_agree(f"reading {checkpoint}", alone=True):
         layout.verify_contents(checkpoint)
-        tensors = _module_tensors({prefix: module})
-        _check_modules(tensors, _stored_shapes(checkpoint), {prefix: module}, checkpoint)
-        with warnings.catch_warnings():
-            # It tells that there is no process group, which is what is meant here.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            _read_tensors(tensors, checkpoint, no_dist=True)
+        tensors, stored = module_tensors({prefix: module}), _stored_shapes(checkpoint)
+        _check_modules(tensors, stored, {prefix: module}, checkpoint)
+        if ema:
+            averaged = {f"{EMA}{name}" for name in tensors} & stored.keys()
+            if not averaged:
+                raise WeightsError(f"{checkpoint} has no averaged weights; it was saved without --ema-decay.")
+            tensors = {f"{EMA}{n}" if f"{EMA}{n}" in averaged else n: t for n, t in tensors.items()}
+        _read_tensors(tensors, checkpoint)
 
 
-def _read_tensors(tensors: Mapping[str, torch.Tensor], checkpoint: Path, *, no_dist: bool = False) -> None:
-    """Fill tensors from the checkpoint.
+def _read_tensors(tensors: Mapping[str, torch.Tensor], checkpoint: Path) -> None:
+    """Fill this rank's part of tensors from the checkpoint.
 
     Raises:
         WeightsError: the files hold no such tensors.
-        CheckpointException: they cannot be read: of torch, with the errors of all ranks.
+        OSError, MemoryError, torch.OutOfMemoryError: they cannot be read.
     """
     try:
-        dcp.load(
-            {name: tensor.detach() for name, tensor in tensors.items()},
-            storage_reader=SafeReader(checkpoint),
-            no_dist=no_dist,
-        )
+        with warnings.catch_warnings():
+            # Each rank reads for itself. torch tells that it asks no other one, which is what is meant here: it would
+            # send long messages, see `agreement`, only to find that everybody reads what it planned.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(
+                {name: tensor.detach() for name, tensor in tensors.items()},
+                storage_reader=SafeReader(checkpoint),
+                no_dist=True,
+            )
     except CheckpointException as error:
         reasons = [failure for failure, _ in error.failures.values()]
         # Of the disk and of memory; everything else that reading can raise comes from what the files hold.
-        if any(isinstance(reason, OSError | MemoryError | torch.OutOfMemoryError) for reason in reasons):
-            raise
+        for reason in reasons:
+            if isinstance(reason, OSError | MemoryError | torch.OutOfMemoryError):
+                raise reason from error
         said = next((str(r) for r in reasons if isinstance(r, UserError)), None)
         if said is None:
             text = " ".join(f"{type(reasons[0]).__name__}: {reasons[0]}".split())
             said = f"{checkpoint} is damaged: its tensors cannot be read ({text[:300]}).{layout.older(checkpoint)}"
         raise WeightsError(said) from error
-
-
-def _gathered(mine: Mapping[str, str]) -> dict[str, str]:
-    """The entries of all ranks."""
-    everyones: list[Any] = [mine]
-    if world_size() > 1:
-        everyones = [None] * world_size()
-        dist.all_gather_object(everyones, mine)
-    return {name: value for entries in everyones for name, value in entries.items()}
-
-
-def _module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """All tensors to store or fill, a tied one under its first name only."""
-    tensors: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for prefix, module in modules.items():
-        for name, tensor in state_tensors(module).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                tensors[f"{prefix}.{name}"] = tensor
-    return tensors
 
 
 def _stored_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
@@ -259,21 +209,9 @@ def _check_modules(
         )
 
 
-def _rng_name(of_rank: int) -> str:
-    return f"rng-{of_rank:05d}.safetensors"
-
-
-def _write_rng(path: Path) -> None:
-    data = safetensors.torch.save(Accelerator.current().rng_state())
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
 def _read_rng(checkpoint: Path, content: Mapping[str, Any]) -> None:
     accelerator = Accelerator.current()
-    file = checkpoint / _rng_name(rank())
+    file = checkpoint / rng_name(rank())
     if file.is_file():
         try:
             accelerator.set_rng_state(safetensors.torch.load_file(file))
@@ -284,8 +222,12 @@ def _read_rng(checkpoint: Path, content: Mapping[str, Any]) -> None:
         return
     seed: int = content["state"]["seed"]
     accelerator.seed_all(keyed_seed(seed, "resumed generators", content["iteration"], rank()))
+    why = (
+        "it was saved without them (--no-save-rng)"
+        if rank() < content["world_size"]
+        else f"it was written by {content['world_size']} ranks"
+    )
     log.warning(
-        "%s has no generator states for rank %d (it was written by %d ranks); "
-        "fresh ones are keyed by seed, iteration and rank.",
-        checkpoint, rank(), content["world_size"],
+        "%s has no generator states for rank %d (%s); fresh ones are keyed by seed, iteration and rank.",
+        checkpoint, rank(), why,
     )  # fmt: skip

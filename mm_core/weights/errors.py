@@ -9,7 +9,9 @@ class WeightsError(UserError):
     """A folder of weights or a checkpoint cannot be used as it is."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """Writing or reading a checkpoint failed on some rank; raised on every rank, and the message names the
-    one that failed.
+    one that failed. A command ends with exit code 1: a full disk is nobody's wrong word.
     """
+
+    exit_code = 1

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from mm_core.config.findings import clip
-from mm_core.weights.adapter import StateDictAdapter, renamed
+from mm_core.weights.adapter import StateDictAdapter
+from mm_core.weights.errors import WeightsError
 from mm_core.weights.headers import read_headers
-from mm_core.weights.hf_folder import weight_files
+from mm_core.weights.hf_folder import known_recipes, weight_files
+from mm_core.weights.mapping import module_recipes
+from mm_core.weights.recipe import result_shape, sources
 from mm_core.weights.tensors import compare_keys, state_tensors
 
 _FIRST = 3
@@ -56,11 +59,19 @@ def check_fit(
     folder = Path(folder)
     files = weight_files(folder)
     stored = read_headers(files)
-    names = renamed(adapter, stored)
-    shapes = {names[key]: tensor.shape for key, tensor in stored.items()}
-    keys = {name: key for key, name in names.items()}
     targets = state_tensors(module)
-    problems = fit_problems(targets, shapes, keys=keys, label=label)
+    given = {key: tensor.shape for key, tensor in stored.items()}
+    recipes = known_recipes(module, module_recipes(module, adapter, given), targets)
+    shapes: dict[str, tuple[int, ...]] = {}
+    unfit: list[str] = []
+    for name, recipe in recipes.items():
+        try:
+            shapes[name] = result_shape(recipe, given)
+        except WeightsError as error:
+            shapes[name] = tuple(targets[name].shape) if name in targets else ()
+            unfit.append(f"has tensors that do not go together: {error}")
+    keys = {name: next(sources(recipe)) for name, recipe in recipes.items()}
+    problems = fit_problems(targets, shapes, keys=keys, label=label) + unfit[:_FIRST]
     return FolderFit(
         folder, len(files), len(stored), sum(tensor.nbytes for tensor in stored.values()), tuple(problems)
     )

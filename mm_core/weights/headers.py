@@ -42,11 +42,35 @@ class StoredTensor:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a tensor lies.
+
+    Attributes:
+        file: the safetensors file.
+        offset: of its first byte in the file.
+        tensor: what it is.
+    """
+
+    file: Path
+    offset: int
+    tensor: StoredTensor
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file by name.
 
     Raises:
         WeightsError: it cannot be read, is none, or has not as many bytes as its header says.
+    """
+    return {name: found.tensor for name, found in locate(file).items()}
+
+
+def locate(file: Path) -> dict[str, Located]:
+    """Return the tensors of a safetensors file by name, and where their bytes are.
+
+    Raises:
+        WeightsError: as `read_header`.
     """
     try:
         if file.exists() and not file.is_file() and not file.is_dir():
@@ -72,7 +96,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise WeightsError(f"{file} is no safetensors file: its header is no JSON object")
     tensors = {name: _tensor(file, name, entry) for name, entry in data.items() if name != _METADATA}
     _check_bytes(file, data, size - _LENGTH - length)
-    return tensors
+    first = _LENGTH + length
+    return {
+        name: Located(file, first + data[name]["data_offsets"][0], tensor) for name, tensor in tensors.items()
+    }
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -81,13 +108,24 @@ def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
     Raises:
         WeightsError: as `read_header`; or a name is in two files.
     """
-    tensors: dict[str, StoredTensor] = {}
-    owner: dict[str, Path] = {}
+    return {name: found.tensor for name, found in locate_all(files).items()}
+
+
+def locate_all(files: Iterable[Path]) -> dict[str, Located]:
+    """Return the tensors of all files of a folder by name, and where their bytes are.
+
+    Raises:
+        WeightsError: as `read_headers`.
+    """
+    tensors: dict[str, Located] = {}
     for file in files:
-        for name, tensor in read_header(file).items():
-            if name in owner:
-                raise WeightsError(f"{file.parent}: {name} is in {owner[name].name} and in {file.name}")
-            tensors[name], owner[name] = tensor, file
+        for name, found in locate(file).items():
+            if name in tensors:
+                short = name if len(name) <= 120 else name[:119] + "…"
+                raise WeightsError(
+                    f"{file.parent}: {short} is in {tensors[name].file.name} and in {file.name}"
+                )
+            tensors[name] = found
     return tensors
 
 

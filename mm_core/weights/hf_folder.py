@@ -4,24 +4,62 @@ slices.
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
+import os
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from mm_core.weights.adapter import StateDictAdapter, renamed
-from mm_core.weights.agreement import ranks_agree
+from mm_core.observe.transfer import byte_progress
+from mm_core.weights import transformers_layout
+from mm_core.weights.adapter import StateDictAdapter
+from mm_core.weights.agreement import rank, ranks_agree
 from mm_core.weights.errors import WeightsError
-from mm_core.weights.tensors import compare_keys, local_part, shortened, state_tensors
+from mm_core.weights.headers import Located, locate_all
+from mm_core.weights.mapping import module_recipes
+from mm_core.weights.reading import Read, planned_bytes, read_all
+from mm_core.weights.recipe import Recipe, Shape, inverted, pieces, result_shape, sources
+from mm_core.weights.tensors import (
+    TORCH_DTYPES,
+    compare_keys,
+    dtype_name,
+    local_part,
+    shortened,
+    state_tensors,
+)
 
 log = logging.getLogger(__name__)
 
 _SINGLE = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 _INDEX = ".safetensors.index.json"
+_LARGEST_INDEX = 100_000_000  # bytes, as of a file's header
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFolder:
+    """What was loaded, and what is needed to write it again as it came.
+
+    Attributes:
+        folder: the folder.
+        dtypes: module key -> dtype in the folder, by safetensors' name such as `BF16`, for the keys that the folder
+            has: of tied ones that under which it is stored.
+        nbytes: what the folder's tensors take.
+        layout: folder key -> how it is made of the module's tensors.
+        read: bytes that this rank read.
+    """
+
+    folder: Path
+    dtypes: dict[str, str]
+    nbytes: int
+    layout: dict[str, Recipe] = field(default_factory=dict)
+    read: int = 0
 
 
 def is_hf_folder(path: Path) -> bool:
@@ -33,26 +71,52 @@ def is_hf_folder(path: Path) -> bool:
     )
 
 
-def load_hf_folder(module: nn.Module, folder: Path, adapter: StateDictAdapter | None = None) -> None:
+def load_hf_folder(
+    module: nn.Module,
+    folder: Path,
+    adapter: StateDictAdapter | None = None,
+    *,
+    elsewhere: Collection[str] = (),
+) -> LoadedFolder:
     """Copy all weights of a folder into a module, in place; dtypes are converted on the way.
+
+    Each rank reads the byte ranges of its own shards into their memory, and holds a few MB besides.
 
     Args:
         module: materialised (not on meta); sharded parameters take their slices. Ranks that share a mesh
             call this together.
         folder: holds `*.safetensors`: one file, or several with an index.
-        adapter: says what the folder's keys are called in the module; without one they are the same.
+        adapter: says what the folder's tensors are in the module; without one they are the same, or for a model of
+            transformers what that library makes of them.
+        elsewhere: names of tensors that other modules have, as other stages of a pipeline do; the folder may hold them.
 
     Raises:
-        WeightsError: no such folder or file, unsafe paths in the index, an adapter that is not one to one, or
-            keys that are missing, unexpected or of another shape; all of these are listed together.
+        WeightsError: no such folder or file, unsafe paths in the index, an adapter that contradicts itself, or
+            keys that are missing, unexpected or of another shape or kind; all of these are listed together.
+        CheckpointError: another failure, on some rank.
     """
     folder = Path(folder)
     targets = state_tensors(module)
     sharded = any(isinstance(tensor, DTensor) for tensor in targets.values())
     with ranks_agree(f"loading {folder}", alone=not sharded):
-        files = weight_files(folder)
-        with torch.no_grad():
-            _load(targets, folder, files, adapter)
+        begin = time.perf_counter()
+        stored = locate_all(weight_files(folder))
+        shapes = {key: found.tensor.shape for key, found in stored.items()}
+        recipes = module_recipes(module, adapter, shapes)
+        recipes = known_recipes(module, recipes, targets, elsewhere)
+        _check(targets, recipes, stored, folder)
+        reads = _reads(targets, recipes, stored, shapes)
+        with byte_progress(f"reading {folder}", planned_bytes(reads), shown=rank() == 0) as advance:
+            read = read_all(reads, advance=advance)
+        seconds = time.perf_counter() - begin
+        log.info("read %.1f MB of %s in %.1f s", read / 1e6, folder, seconds)
+        return LoadedFolder(
+            folder,
+            {name: _dtype(recipe, stored) for name, recipe in recipes.items()},
+            sum(found.tensor.nbytes for found in stored.values()),
+            inverted(recipes, shapes),
+            read,
+        )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -82,12 +146,16 @@ def weight_files(folder: Path) -> list[Path]:
             "a folder of weights has "
             f"{_SINGLE[0]}, {_SINGLE[1]}, or an index.{_subfolder(folder)}"
         )
-    return named or files
+    return [inside(folder, file) for file in named or files]
 
 
 def _indexed_files(folder: Path, index: Path) -> list[Path]:
     if not index.is_file():  # opening a pipe would wait for a writer that may never come
         raise WeightsError(f"{index} is no regular file, and so no safetensors index; remove it.")
+    if index.stat().st_size > _LARGEST_INDEX:
+        raise WeightsError(
+            f"{index} is no safetensors index: it has {index.stat().st_size} bytes, and {_LARGEST_INDEX} are the most."
+        )
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -102,61 +170,95 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
         raise WeightsError(
             f"{index} names {len(absent)} missing files: {', '.join(absent[:5])}; the download is incomplete."
         )
-    return [folder / name for name in sorted(names)]
+    return [inside(folder, folder / name) for name in sorted(names)]
 
 
-def _load(
-    targets: dict[str, torch.Tensor], folder: Path, files: list[Path], adapter: StateDictAdapter | None
-) -> None:
-    where: dict[str, Path] = {}
-    stored: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with _open(file) as source:
-            for key in source.keys():  # noqa: SIM118 - it is no dict and cannot be iterated
-                if key in where:
-                    raise WeightsError(f"{folder}: {key} is in {where[key].name} and in {file.name}.")
-                where[key] = file
-                stored[key] = tuple(source.get_slice(key).get_shape())
-    names = renamed(adapter, stored)
-    shapes = {names[key]: shape for key, shape in stored.items()}
-    _check(targets, shapes, folder, {name: key for key, name in names.items()})
-    read = 0
-    for file in files:
-        with _open(file) as source:
-            for key in (k for k, owner in where.items() if owner == file):
-                name = names[key]
-                storage, slices = local_part(targets[name])
-                if storage.is_meta:
-                    raise RuntimeError(f"{name} is on the meta device; call materialize() first.")
-                if storage.numel() == 0:
-                    continue  # an uneven shard: this rank has no row of it
-                whole = not slices or tuple(s.stop - s.start for s in slices) == shapes[name]
-                value = source.get_tensor(key) if whole else source.get_slice(key)[slices]
-                storage.copy_(value)
-                read += value.numel() * value.element_size()
-    log.info("read %.1f MB of %s", read / 1e6, folder)
+def inside(folder: Path, file: Path) -> Path:
+    """The file, if it is a regular one that does not lead out of its folder.
+
+    The hub's cache is known: there, files of `snapshots/<revision>` are links into `blobs` beside it.
+
+    Raises:
+        WeightsError: it leads elsewhere.
+    """
+    if file.exists() and not file.is_file():
+        raise WeightsError(f"{file} is no regular file; put the weights there")
+    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
+    if real.is_relative_to(home):
+        return file
+    caches = [parent.parent for parent in (home, *home.parents) if parent.parent.name == "snapshots"]
+    if any(real.parent == cache.parent / "blobs" for cache in caches):
+        return file
+    raise WeightsError(
+        f"{file} leads to {real}, outside the folder; refused: copy the file, or name the folder that it is in."
+    )
+
+
+def known_recipes(
+    module: nn.Module,
+    recipes: Mapping[str, Recipe],
+    targets: Mapping[str, torch.Tensor],
+    elsewhere: Collection[str] = (),
+) -> dict[str, Recipe]:
+    """The recipes without those of tensors that nobody here needs: other modules' (`elsewhere`), and what transformers
+    passes over.
+    """
+    library = transformers_layout.is_transformers_model(module)
+    spare = [
+        name
+        for name in recipes.keys() - targets.keys()
+        if name in elsewhere or (library and transformers_layout.passed_over(module, name))
+    ]
+    left = sorted(set(spare) - set(elsewhere))
+    if left:
+        log.info("%d tensors are passed over, as transformers does: %s …", len(left), left[0])
+    return {name: recipe for name, recipe in recipes.items() if name not in set(spare)}
+
+
+def _reads(
+    targets: Mapping[str, torch.Tensor],
+    recipes: Mapping[str, Recipe],
+    stored: Mapping[str, Located],
+    shapes: Mapping[str, Shape],
+) -> list[Read]:
+    """What this rank has to read, and where to."""
+    reads = []
+    for name, recipe in recipes.items():
+        storage, box = local_part(targets[name])
+        if storage.is_meta:
+            raise RuntimeError(f"{name} is on the meta device; call materialize() first.")
+        if storage.numel() == 0:
+            continue  # an uneven shard: this rank has no row of it
+        reads += [
+            Read(stored[piece.key], piece.box, piece.target) for piece in pieces(recipe, shapes, box, storage)
+        ]
+    return reads
 
 
 def _check(
-    targets: dict[str, torch.Tensor],
-    shapes: dict[str, tuple[int, ...]],
+    targets: Mapping[str, torch.Tensor],
+    recipes: Mapping[str, Recipe],
+    stored: Mapping[str, Located],
     folder: Path,
-    keys: dict[str, str],
 ) -> None:
-    """Compare by the module's names; `keys` says what the folder calls them."""
+    """Compare by the module's names.
+
+    Raises:
+        WeightsError: names all that does not fit.
+    """
     # Tied weights are stored once, under any of their names.
-    stored = {id(targets[name]) for name in shapes if name in targets}
-    wanted = {name for name, tensor in targets.items() if name in shapes or id(tensor) not in stored}
-    missing, unexpected = compare_keys(wanted, shapes)
+    present = {id(targets[name]) for name in recipes if name in targets}
+    wanted = {name for name, tensor in targets.items() if name in recipes or id(tensor) not in present}
+    missing, unexpected = compare_keys(wanted, recipes)
     renames = [
-        f"  renamed: {keys[name]} of the folder is {name} to the weights adapter"
-        for name in sorted(shapes.keys() - wanted)
-        if keys[name] != name
+        f"  renamed: {key} of the folder is {name} to the weights adapter"
+        for name in sorted(recipes.keys() - wanted)
+        if (key := next(sources(recipes[name]))) != name
     ]
     wrong = [
-        f"  shape: {name} is {list(shapes[name])} in the file, {list(targets[name].shape)} in the model"
-        for name in sorted(wanted & shapes.keys())
-        if tuple(targets[name].shape) != shapes[name]
+        f"  {fault}"
+        for name in sorted(wanted & recipes.keys())
+        if (fault := _fault(name, targets[name], recipes[name], stored)) is not None
     ]
     if missing or unexpected or wrong:
         raise WeightsError(
@@ -165,16 +267,44 @@ def _check(
         )
 
 
-def _open(file: Path) -> safe_open:
+def _fault(name: str, target: torch.Tensor, recipe: Recipe, stored: Mapping[str, Located]) -> str | None:
+    """What is wrong with the tensors that one of the module's is to be made of."""
+    keys = list(sources(recipe))
+    made = "" if keys == [name] else f" ({keys[0]}{f' and {len(keys) - 1} more' if len(keys) > 1 else ''})"
     try:
-        return safe_open(str(file), framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{file} is no readable safetensors file: {error}.") from error
+        shape = result_shape(recipe, {key: stored[key].tensor.shape for key in keys})
+    except WeightsError as error:
+        return f"shape: {name}: {error}"
+    if shape != tuple(target.shape):
+        return f"shape: {name} is {list(shape)} in the file{made}, {list(target.shape)} in the model"
+    for key in keys:
+        dtype = stored[key].tensor.dtype
+        if dtype not in TORCH_DTYPES:
+            return f"dtype: {key} is {dtype} in the file, which is not read here; known are {', '.join(TORCH_DTYPES)}"
+        if _kind(TORCH_DTYPES[dtype]) != _kind(target.dtype):
+            has = str(target.dtype).removeprefix("torch.")
+            return f"dtype: {key} is {dtype} in the file, {has} in the model; quantized weights are not read"
+    return None
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    return "floating" if dtype.is_floating_point else "integer"
+
+
+def _dtype(recipe: Recipe, stored: Mapping[str, Located]) -> str:
+    """Of the tensors that one is made of; of several dtypes one that holds them all."""
+    names = {stored[key].tensor.dtype for key in sources(recipe)}
+    if len(names) == 1:
+        return names.pop()
+    first, *others = (TORCH_DTYPES[name] for name in sorted(names))
+    for other in others:
+        first = torch.promote_types(first, other)
+    return dtype_name(first)
 
 
 def _sibling(folder: Path) -> str:
-    import difflib
-
     names = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     near = difflib.get_close_matches(folder.name, names, n=1, cutoff=0.6)
     return f" Closest: {folder.parent / near[0]}." if near else ""

@@ -35,6 +35,11 @@ def folder_name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
+def iteration_of(checkpoint: Path) -> int:
+    """The inverse of `folder_name`, for one of the folders that `complete_checkpoints` returns."""
+    return int(checkpoint.name.removeprefix("iter_"))
+
+
 def complete_checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders with a marker in a run's folder (or `checkpoints` folder), oldest first."""
     return [folder for folder in _iterations(_checkpoints_of(run)) if (folder / MARKER).is_file()]
@@ -46,9 +51,12 @@ def latest_checkpoint(run: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def resolve_load(path: Path) -> Path:
+def resolve_load(path: Path, *, flag: str = "--load") -> Path:
     """The checkpoint folder that `--load` means: a run's newest, a `checkpoints` folder's newest, or the one
     given.
+
+    Args:
+        flag: that names it, for messages.
 
     Raises:
         WeightsError: there is no such folder, no complete checkpoint in it, or its files are not those that
@@ -56,9 +64,9 @@ def resolve_load(path: Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise WeightsError(f"--load {path}: no such folder.{_closest(path)}")
+        raise WeightsError(f"{flag} {path}: no such folder.{_closest(path)}")
     if not path.is_dir():
-        raise WeightsError(f"--load {path}: this is a file; give a run's folder or one checkpoint in it.")
+        raise WeightsError(f"{flag} {path}: this is a file; give a run's folder or one checkpoint in it.")
     if _NAME.fullmatch(path.name) or (path / MARKER).exists() or (path / ".metadata").exists():
         verify(path)
         return path
@@ -71,7 +79,7 @@ def resolve_load(path: Path) -> Path:
             if unfinished
             else "the folder has no iter_… with a .complete marker in it or in its checkpoints folder"
         )
-        raise WeightsError(f"--load {path}: no complete checkpoint; {what}.")
+        raise WeightsError(f"{flag} {path}: no complete checkpoint; {what}.")
     verify(found)
     return found
 
@@ -139,10 +147,21 @@ def write_marker(folder: Path, iteration: int, checksums: Mapping[str, str] | No
     write_text(folder / MARKER, json.dumps({"format": 1, "iteration": iteration, "files": files}, indent=1))
 
 
-def checksum(file: Path) -> str:
-    """BLAKE2b of a file's bytes, 128 bits in hexadecimal."""
+def new_digest() -> hashlib.blake2b:
+    """What `checksum` computes with: BLAKE2b of 128 bits."""
+    return hashlib.blake2b(digest_size=16)
+
+
+def checksum(file: Path, *, from_disk: bool = False) -> str:
+    """BLAKE2b of a file's bytes, 128 bits in hexadecimal.
+
+    Args:
+        from_disk: forget what memory has of the file first, where the system can: for a file that was just written.
+    """
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(stream, new_digest).hexdigest()
 
 
 def publish(temporary: Path, final: Path) -> None:

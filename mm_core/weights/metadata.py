@@ -16,16 +16,24 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.layout import older
+from mm_core.weights.pickles import check_opcodes, shown
 
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _ALLOWED = {
     "torch": {"Size", *_DTYPES},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
         "ChunkStorageMetadata",
         "Metadata",
         "MetadataIndex",
@@ -64,9 +72,13 @@ class SafeReader(FileSystemReader):
         return metadata
 
 
-def read_metadata(folder: Path) -> Metadata:
+def read_metadata(folder: Path, *, only_tensors: bool = True) -> Metadata:
     """The metadata of a checkpoint folder: only descriptions of tensors, all stored in files of this very
     folder.
+
+    Args:
+        only_tensors: whether anything else is refused, as it is in a checkpoint of ours; else it is left out of what is
+            returned.
 
     Raises:
         WeightsError: there is none, it holds something else, or points outside the folder.
@@ -82,7 +94,10 @@ def read_metadata(folder: Path) -> Metadata:
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {error}.") from error
     try:
+        check_opcodes(data)
         metadata = _Unpickler(io.BytesIO(data)).load()
+        if not only_tensors:
+            _leave_objects_out(metadata)
         fault = _fault(metadata, folder)
     # A malformed pickle can raise anything out of the unpickler, and can make objects that lack attributes or
     # hold anything in them.
@@ -92,6 +107,14 @@ def read_metadata(folder: Path) -> Metadata:
         raise WeightsError(f"{file} is refused: {fault}.{older(folder)}")
     result: Metadata = metadata
     return result
+
+
+def _leave_objects_out(metadata: Any) -> None:
+    """Forget what is no tensor: it is stored as pickles, which are not read."""
+    described = metadata.state_dict_metadata
+    metadata.state_dict_metadata = {
+        name: entry for name, entry in described.items() if not isinstance(entry, BytesStorageMetadata)
+    }
 
 
 def _fault(metadata: Any, folder: Path) -> str | None:
@@ -105,22 +128,22 @@ def _fault(metadata: Any, folder: Path) -> str | None:
     lengths: dict[str, int] = {}
     for index, info in metadata.storage_data.items():
         if not isinstance(index, MetadataIndex) or not isinstance(info, _StorageInfo):
-            return f"{index!r} is no place of a tensor"
+            return f"{shown(index)} is no place of a tensor"
         relative = info.relative_path
         if not isinstance(relative, str) or Path(relative).name != relative:
-            return f"it points outside its folder, to {relative!r}"
+            return f"it points outside its folder, to {shown(relative)}"
         if relative not in lengths:
             path = folder / relative
             if not path.is_file():
-                return f"its file {relative!r} is missing"
+                return f"its file {shown(relative)} is missing"
             lengths[relative] = path.stat().st_size
         if not 0 <= info.offset <= info.offset + info.length <= lengths[relative]:
             return f"{index.fqn} lies outside {relative}, at {info.offset} with {info.length} bytes"
         if info.transform_descriptors:
-            return f"{index.fqn} is stored in another form, {list(info.transform_descriptors)}"
+            return f"{index.fqn} is stored in another form, {shown(info.transform_descriptors)}"
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
-            return f"{name!r} is no tensor"
+            return f"{shown(name)} is no tensor"
         if not isinstance(entry.properties.dtype, torch.dtype):
             return f"{name} has no dtype"
         if not _covered(name, entry, metadata.storage_data):
@@ -129,7 +152,7 @@ def _fault(metadata: Any, folder: Path) -> str | None:
 
 
 def _covered(name: str, entry: TensorStorageMetadata, stored: Mapping[MetadataIndex, Any]) -> bool:
-    """Whether the parts lie inside the tensor, are stored, differ, and have its number of elements together."""
+    """Whether the parts lie inside the tensor, are stored whole, differ, and have its number of elements together."""
     found = 0
     places = set()
     for chunk in entry.chunks:
@@ -140,7 +163,9 @@ def _covered(name: str, entry: TensorStorageMetadata, stored: Mapping[MetadataIn
         if numel == 0:  # of a rank that holds nothing of a small tensor
             continue
         offsets = tuple(chunk.offsets)
-        if offsets in places or MetadataIndex(name, chunk.offsets) not in stored:
+        place = stored.get(MetadataIndex(name, chunk.offsets))
+        # A part is stored as torch.save writes it: its elements, and a little more.
+        if offsets in places or place is None or place.length < numel * entry.properties.dtype.itemsize:
             return False
         places.add(offsets)
         found += numel

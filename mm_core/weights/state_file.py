@@ -9,17 +9,21 @@ from typing import Any
 
 from mm_core.weights import layout
 from mm_core.weights.errors import WeightsError
+from mm_core.weights.stored import StoredWeights
 
 STATE = "state.json"
 FORMAT = 1
+EMA = "ema."  # before a component's name: the averages of its trained weights, `ema.predictor.<key>`
 _REQUIRED = ("step", "consumed_samples", "seed")
 _OPTIONAL = ("dataset_samples",)
+# Objects that older checkpoints lack; what is inside is checked where it is used, or here if it is simple.
+_OBJECTS = ("config", "weights", "loader", "schedule", "fingerprint", "versions", "ema")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """The content of a checkpoint's `state.json`, checked: what is used of it is there and of the right kind.
 
-    `state.plugins`, which older checkpoints lack, is `{}` then.
+    Of what older checkpoints lack, `state.plugins` is `{}` then, and the rest absent.
 
     Raises:
         WeightsError: it is missing or damaged, or was written by a newer version.
@@ -51,7 +55,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def fault_of_state(state: Any) -> str | None:
     """What is wrong with the state of a run, which must have `step`, `consumed_samples` (not negative) and
-    `seed`, all integers, and may have `plugins`, an object of versions; `None` if nothing is.
+    `seed`, all integers; `None` if nothing is. It may have
+
+    - `plugins`, `versions`: distribution -> version
+    - `config`: the resolved configuration; `schedule`: of the learning rate, name -> number or text
+    - `fingerprint`: what the components of the job were
+    - `weights`: component -> `dtypes` and `layout` that its folder had; see `mm_core.weights.stored`
+    - `loader`: where each rank's stream of data was, by rank under `ranks`
+    - `ema`: `decay` of the averaged weights
     """
     if not isinstance(state, Mapping):
         return f"state is {_shown(state)}, but must be an object"
@@ -66,9 +77,34 @@ def fault_of_state(state: Any) -> str | None:
             return f"state.{key} is {_shown(value)}, but must be an integer"
         if key != "seed" and value < 0:
             return f"state.{key} is {value}, but must not be negative"
-    plugins = state.get("plugins", {})
-    if not isinstance(plugins, Mapping) or not all(isinstance(v, str) for v in plugins.values()):
-        return f"state.plugins is {_shown(plugins)}, but must be an object of versions"
+    for key in _OBJECTS:
+        if not isinstance(state.get(key, {}), Mapping):
+            return f"state.{key} is {_shown(state[key])}, but must be an object"
+    for key in ("plugins", "versions"):
+        versions = state.get(key, {})
+        if not isinstance(versions, Mapping) or not all(isinstance(v, str) for v in versions.values()):
+            return f"state.{key} is {_shown(versions)}, but must be an object of versions"
+    for component, stored in state.get("weights", {}).items():
+        parts = [stored.get(key) if isinstance(stored, Mapping) else None for key in ("dtypes", "layout")]
+        if not all(isinstance(part, Mapping) for part in parts):
+            return (
+                f"state.weights.{component} is {_shown(stored)}, but must have objects `dtypes` and `layout`"
+            )
+    for key, value in state.get("schedule", {}).items():
+        if not isinstance(value, str | int | float):
+            return f"state.schedule.{key} is {_shown(value)}, but must be a number or a text"
+    return _fault_of_loader(state.get("loader"))
+
+
+def _fault_of_loader(loader: Any) -> str | None:
+    """As `Trainer` made it, or `None`."""
+    if loader is None:
+        return None
+    for key in ("num_workers", "micro_batch_size"):
+        if not _is_integer(loader.get(key)) or loader[key] < 0:
+            return f"state.loader.{key} is {_shown(loader.get(key))}, but must be an integer that is not negative"
+    if not isinstance(loader.get("ranks"), list) or not loader["ranks"]:
+        return "state.loader.ranks must be a list of each rank's position"
     return None
 
 

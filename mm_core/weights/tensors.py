@@ -12,6 +12,24 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from mm_core.sharding.plan import bare_name
 
+#: torch's types by the names that safetensors files give them.
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
+    "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a type, such as `BF16`.
+
+    Raises:
+        KeyError: its files cannot hold the type.
+    """
+    return _NAMES[dtype]
+
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters with the names that they have without wrappers; a tied one once."""

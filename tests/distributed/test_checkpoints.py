@@ -193,7 +193,7 @@ def test_a_failure_on_one_rank_is_raised_on_all_and_names_it(where, tmp_path):
     run_ranks(save_run, 2, tmp_path, 1)
 
     def fail() -> str:
-        import mm_core.weights.checkpoint as module
+        import mm_core.weights.writing as module
 
         def full(*args: Any, **kwargs: Any) -> None:
             raise OSError(28, "No space left on device")
@@ -202,7 +202,7 @@ def test_a_failure_on_one_rank_is_raised_on_all_and_names_it(where, tmp_path):
             if where == "data":
                 module.FileSystemWriter.write_data = full
             else:
-                module._write_rng = full
+                module._Files.write = full
         try:
             save_run(tmp_path, 2)
         except CheckpointError as error:

@@ -102,8 +102,18 @@ def test_flags_decide_on_resume_and_the_seed_may_not_change(tmp_path: Path) -> N
     assert refused.code == 2
     assert "--seed 7" in refused.err
     assert len(metrics(run)) == 2
-    result = train(Job(), run, "--load", run, "--weight-decay", "0.5", "--num-workers", "1", steps=3)
+    changed = ("--load", run, "--weight-decay", "0.5", "--num-workers", "1")
+    refused = train(Job(), run, *changed, steps=3)
+    assert refused.code == 2
+    assert "--weight-decay: 0.01 → 0.5" in refused.err
+    assert "num-workers" not in refused.err, "it changes no number"
+    assert len(metrics(run)) == 2
+    result = train(Job(), run, *changed, "--accept-changes", steps=3)
     assert result.code == 0, result.err
+    assert (
+        "changed since the checkpoint was written: --weight-decay: 0.01 → 0.5"
+        in (run / "logs" / "rank-00000.log").read_text()
+    )
     assert "weight_decay 0.01 → 0.5" in (run / "logs" / "rank-00000.log").read_text()
     state = json.loads((run / "checkpoints" / "iter_0000003" / "state.json").read_text())
     assert state["optimizer"]["groups"][0]["hyperparameters"]["weight_decay"] == 0.5

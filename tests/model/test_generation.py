@@ -26,6 +26,7 @@ from mm_core.generation.video import (
     to_frames,
     write_video,
 )
+from mm_core.training.ema import ExponentialAverage
 from mm_core.weights import materialize, save_checkpoint
 from mm_plugin_wan22.predictor import WanDiT
 from mm_registry.errors import UserError
@@ -140,6 +141,33 @@ def test_weights_come_from_a_run_a_folder_or_not_at_all(write_file: Any, tmp_pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no complete checkpoint"):
         weights(load=str(tmp_path / "empty"))
+
+
+def test_averaged_weights_of_a_checkpoint_are_used_when_they_are_asked_for(
+    write_file: Any, tmp_path: Path
+) -> None:
+    trained = WanDiT(**TINY_WAN)
+    average = ExponentialAverage({"predictor": trained}, 0.5)
+    with torch.no_grad():
+        trained.proj_out.weight += 1.0
+    average.update()
+    state = {"step": 7, "consumed_samples": 7, "seed": 0}
+    save_checkpoint(tmp_path / "run", 7, {"predictor": trained, **average.modules()}, None, state)
+    save_checkpoint(tmp_path / "plain", 7, {"predictor": trained}, None, state)
+    trained.save_pretrained(tmp_path / "folder")
+    path = write_file(predictor={"init": "pretrained"})
+
+    def weight(load: str, *, ema: bool) -> torch.Tensor:
+        job = load_generation_job(path, {"load": str(tmp_path / load)})
+        pipeline, _ = build_pipeline(job, device=torch.device("cpu"), seed=0, ema=ema)
+        return pipeline.model.predictor.proj_out.weight.detach()
+
+    assert torch.equal(weight("run", ema=False), trained.proj_out.weight)
+    assert torch.equal(weight("run", ema=True), average.tensors("predictor")["proj_out.weight"])
+    with pytest.raises(UserError, match="saved without --ema-decay"):
+        weight("plain", ema=True)
+    with pytest.raises(UserError, match="give a run or a checkpoint"):
+        weight("folder", ema=True)
 
 
 @pytest.mark.parametrize("name", ["file", "file/x", "file/x.mp4", "a\0b", "n" * 300])

@@ -31,6 +31,16 @@ def _dataset(case: Case) -> Any:
     return build_dataset(builds.section(case), 0)
 
 
+def _is_streamed(dataset: Any) -> bool:
+    from mm_core.data import DataError
+    from mm_core.data.streams import is_streamed
+
+    try:
+        return is_streamed(dataset)
+    except DataError as error:
+        raise CheckFailed(str(error)) from error
+
+
 def _item(dataset: Any, index: int, key: int) -> dict[str, Any]:
     item = dataset.get(index, key) if hasattr(dataset, "get") else dataset[index]
     if not isinstance(item, dict) or not any(isinstance(value, torch.Tensor) for value in item.values()):
@@ -38,9 +48,11 @@ def _item(dataset: Any, index: int, key: int) -> dict[str, Any]:
     return item
 
 
-@check("it has a length, and items that are dicts of tensors", stage="build", roles=DATASET)
+@check("it has a length or is a stream, and its items are dicts of tensors", stage="build", roles=DATASET)
 def dataset_has_items(case: Case) -> None:
     dataset = _dataset(case)
+    if _is_streamed(dataset):
+        return  # dataset_loads_in_batches reads it
     if not hasattr(dataset, "__len__") or len(dataset) < 1:
         raise CheckFailed("it has no length, or its example has no sample")
     for index in range(min(3, len(dataset))):
@@ -50,6 +62,8 @@ def dataset_has_items(case: Case) -> None:
 @check("a sample depends on its key and the run's seed alone", stage="build", roles=DATASET)
 def dataset_is_keyed(case: Case) -> None:
     first, second = _dataset(case), _dataset(case)
+    if _is_streamed(first):
+        raise CheckSkipped("it is a stream, whose samples have no key")
     torch.manual_seed(1)
     before = builds.global_state()
     one = _item(first, 0, 5)
@@ -70,17 +84,22 @@ def dataset_loads_in_batches(case: Case) -> None:
     from mm_core.config.data import DataConfig
     from mm_core.data import build_loader
 
-    dataset = _dataset(case)
     data = DataConfig(dataset_param={})
-    batches = []
+    batches: list[list[dict[str, Any]]] = []
+    position: Any = None
     for consumed in (0, 2):
         loader = build_loader(
-            dataset, data, seed=0, dp_rank=0, dp_size=1, micro_batch_size=2, global_batch_size=2,
-            consumed_samples=consumed,
+            _dataset(case), data, seed=0, dp_rank=0, dp_size=1, micro_batch_size=2, global_batch_size=2,
+            consumed_samples=consumed, position=position,
         )  # fmt: skip
         stream = iter(loader)
-        batches.append([next(stream) for _ in range(2 - consumed // 2)])
+        batches.append([next(stream)])
+        if not consumed:
+            position = loader.state_dict()  # None, unless it is a stream
+            batches[0].append(next(stream))
     expected, found = batches[0][1], batches[1][0]
+    if not any(isinstance(value, torch.Tensor) for name, value in found.items() if name != "sample_index"):
+        raise CheckFailed("its batches have no tensors")
     for name, value in expected.items():
         same = torch.equal(value, found[name]) if isinstance(value, torch.Tensor) else value == found[name]
         if not same:

@@ -15,15 +15,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mm_plugin_wan22.patch_embedding import LinearPatchEmbedding
+from mm_plugin_wan22.weights import config_differences
 from mm_registry.errors import UserError
 
 MODEL_TYPES = ("t2v", "wan2.2-t2v")
-OUR_NAMES = {
-    "num_attention_heads": "num_heads",
-    "attention_head_dim": "hidden_size / num_heads",
-    "in_channels": "in_dim",
-    "out_channels": "out_dim",
-}
 
 
 class WanDiT(WanTransformer3DModel):
@@ -184,15 +179,7 @@ class WanDiT(WanTransformer3DModel):
         """What a diffusers config.json says otherwise than this network, in our names and theirs; the length
         of the rotary table may differ, since it is computed.
         """
-        differences = []
-        for name, value in self.config.items():
-            if name.startswith("_") or name == "rope_max_seq_len" or name not in config:
-                continue
-            ours, theirs = (list(v) if isinstance(v, tuple) else v for v in (value, config[name]))
-            if ours != theirs:
-                alias = f" (our {OUR_NAMES[name]})" if name in OUR_NAMES else ""
-                differences.append(f"{name} is {theirs} there and {ours} here{alias}")
-        return differences
+        return config_differences(self.config, config)
 
     def init_module(self, module: nn.Module) -> bool:
         """Draw upstream's initial values of a module that has no `reset_parameters`; False if it has none

@@ -242,8 +242,8 @@ def test_a_dataset_can_be_sent_to_spawned_workers(varied: T2VDataset) -> None:
     assert same(take(varied, 2), take(copy, 2))
 
 
-def test_an_iterable_without_length_is_refused() -> None:
-    with pytest.raises(DataError, match="generator has no length or cannot be indexed"):
+def test_an_iterable_without_a_position_is_refused() -> None:
+    with pytest.raises(DataError, match="generator is an iterable dataset without state_dict"):
         take((i for i in range(3)), 1)
 
 

@@ -71,7 +71,7 @@ def test_a_run_and_what_can_be_done_with_its_folder(train: Callable, tmp_path: P
         (): "already holds the checkpoints of a run",
     }
     for more, words in refusals.items():
-        result = train("--train-iters", 4, "--save", run, *more)
+        result = train("--train-iters", 4, "--save", run, "--lr-decay-iters", 8, *more)
         assert result.code == 2, result.output
         assert words in result.output
         assert "Traceback" not in result.output
@@ -81,20 +81,25 @@ def test_a_run_and_what_can_be_done_with_its_folder(train: Callable, tmp_path: P
         )
 
     # An older checkpoint can be continued elsewhere, where the records begin after it.
-    result = train(
-        "--train-iters", 3, "--save", tmp_path / "fork", "--load", run / "checkpoints" / "iter_0000002"
-    )
+    older = ("--load", run / "checkpoints" / "iter_0000002", "--lr-decay-iters", 8)
+    result = train("--train-iters", 3, "--save", tmp_path / "fork", *older)
     assert result.code == 0, result.output
     assert steps(tmp_path / "fork") == [3]
     assert checkpoints(tmp_path / "fork") == ["iter_0000003", "latest"]
 
-    # A model of another shape.
+    # Another job: nothing is written before the user says that it is meant.
     text = (ROOT / "examples/tiny/wan22-t2v/model.json").read_text()
     other = tmp_path / "other.json"
     other.write_text(
         text.replace('"num_layers": 4', '"num_layers": 3').replace('"ffn_dim": 256', '"ffn_dim": 128')
     )
-    result = train("--train-iters", 6, "--save", tmp_path / "other", "--load", run, model=other)
+    flags = ("--train-iters", 6, "--save", tmp_path / "other", "--load", run)
+    result = train(*flags, model=other)
+    assert result.code == 2, result.output
+    assert "model.predictor.num_layers: 4 → 3" in result.output
+    assert "--lr-decay-iters (by default --train-iters): 8 → 6" in result.output
+    assert not (tmp_path / "other").exists()
+    result = train(*flags, "--accept-changes", model=other)
     assert result.code == 2, result.output
     assert "Traceback" not in result.output
     assert "does not fit the model" in result.output

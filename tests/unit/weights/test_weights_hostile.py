@@ -98,8 +98,8 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     program = (
         "import os, signal\n"
         "from torch import nn\n"
-        "from mm_core.weights import hf_save\n"
-        "hf_save.sync_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from mm_core.weights import hf_save, hf_writer\n"
+        "hf_writer.sync_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"hf_save.save_hf_folder(nn.Linear(2, 2), {str(tmp_path / 'out')!r})\n"
     )
     run = subprocess.run([sys.executable, "-c", program], timeout=120, check=False)

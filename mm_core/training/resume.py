@@ -1,0 +1,187 @@
+"""Continuing from a checkpoint: which one `--load` means, whether the job is still the same, and what is read from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mm_core.config import TrainFlags, TrainingJob
+from mm_core.config.document import expanded
+from mm_core.data.streams import is_streamed
+from mm_core.training.changes import changes, other_versions
+from mm_core.training.ema import ExponentialAverage
+from mm_core.weights import is_hf_folder, load_checkpoint, resolve_load
+from mm_core.weights.agreement import rank, ranks_agree, world_size
+from mm_core.weights.state_file import read_state
+from mm_core.weights.stored import StoredWeights
+from mm_registry.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint that a run goes on from, or takes its weights from.
+
+    Attributes:
+        checkpoint: its folder.
+        fresh: only the weights are taken (`--finetune`); the run starts at step 0.
+        state: what it says of its run.
+        modules: names of what it holds tensors of.
+        told: what is different now, for the log.
+        position: of this rank's stream of data; `None` if the number of consumed samples says it all.
+    """
+
+    checkpoint: Path
+    fresh: bool
+    state: Mapping[str, Any]
+    modules: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
+    position: Any = field(default=None, repr=False)
+
+    @property
+    def step(self) -> int:
+        return 0 if self.fresh else int(self.state["step"])
+
+    @property
+    def consumed_samples(self) -> int:
+        return 0 if self.fresh else int(self.state["consumed_samples"])
+
+    @property
+    def stored(self) -> dict[str, StoredWeights]:
+        """Component -> how its weights lay in the folder that they came from once."""
+        weights = self.state.get("weights", {})
+        return {name: StoredWeights.from_json(value) for name, value in weights.items()}
+
+    def restore(
+        self,
+        modules: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        ema: ExponentialAverage | None,
+        flags: TrainFlags,
+    ) -> None:
+        """Read weights, and for a run that goes on optimizer, averages and generators, in place; all ranks call this.
+
+        Raises:
+            WeightsError, CheckpointError: as `load_checkpoint`.
+        """
+        averages = {} if ema is None or self.fresh else ema.modules()
+        averages = {name: module for name, module in averages.items() if name in self.modules}
+        load_checkpoint(
+            self.checkpoint,
+            {**modules, **averages},
+            None if self.fresh or flags.no_load_optim else optimizer,
+            with_rng=not (self.fresh or flags.no_load_rng),
+        )
+        if ema is not None and not averages:
+            ema.restart()
+            log.info("the averaged weights (--ema-decay) start as the weights of %s", self.checkpoint)
+        if self.fresh:
+            log.info("predictor: weights of %s; the run starts at step 0 (--finetune)", self.checkpoint)
+            return
+        for line in self.told:
+            log.warning("%s", line)
+        log.info("continuing %s after step %d", self.checkpoint, self.step)
+        if self.step >= flags.train_iters:
+            log.warning(
+                "nothing is left to train: --train-iters is %d, and the checkpoint is of step %d",
+                flags.train_iters,
+                self.step,
+            )
+
+
+def find_resume(job: TrainingJob, dataset: Any) -> Resume | None:
+    """The checkpoint that `--load` names; `None` without `--load`, and if it names a Hugging Face folder. Nothing but its
+    state.json is read.
+
+    Raises:
+        UserError: there is none, it is damaged, or the job is not the one that wrote it, and neither --accept-changes nor
+            --finetune is given.
+    """
+    flags = job.flags
+    if flags.load is None or is_hf_folder(expanded(flags.load)):
+        return None
+    checkpoint = resolve_load(expanded(flags.load))
+    content = read_state(checkpoint)
+    state, modules = content["state"], content.get("modules")
+    names = tuple(map(str, modules)) if isinstance(modules, list) else ()
+    if flags.finetune:
+        return Resume(checkpoint, True, state, names)
+    if state["seed"] != flags.seed:
+        raise UserError(
+            f"--seed {flags.seed}: the run that --load continues has seed {state['seed']}, and order, noise and timesteps "
+            f"would change in its middle; use --seed {state['seed']}, or --finetune to start another run from its weights."
+        )
+    different = changes(state, job)
+    if different and not flags.accept_changes:
+        lines = "\n".join(f"  {line}" for line in different)
+        raise UserError(
+            f"--load {flags.load}: the job is not the one that saved {checkpoint.name}:\n{lines}\n"
+            "Change it back, or add --accept-changes to go on with what is written now (--finetune starts another run from "
+            "the weights)."
+        )
+    told = [f"changed since the checkpoint was written: {line}" for line in different]
+    if versions := other_versions(state):
+        told.append(f"packages are not those of the checkpoint: {', '.join(versions)}")
+    position = None
+    if is_streamed(dataset):
+        position, lines_of_data = _position(state, flags)
+        told += lines_of_data
+    elif state.get("dataset_samples", len(dataset)) != len(dataset):
+        told.append(
+            f"the dataset has {len(dataset)} samples, and had {state['dataset_samples']} when the checkpoint was written: "
+            "the order of samples changes from here"
+        )
+    return Resume(checkpoint, False, state, names, tuple(told), position)
+
+
+def _position(state: Mapping[str, Any], flags: TrainFlags) -> tuple[Any, list[str]]:
+    """Where this rank's stream of an iterable dataset was, and what to say about it."""
+    loader = state.get("loader")
+    reason = _why_not_there(loader, flags)
+    if reason is None:
+        assert loader is not None
+        return loader["ranks"][rank()], []
+    if not flags.accept_changes:
+        raise UserError(
+            f"--load {flags.load}: an iterable dataset goes on only where it was left, and {reason}; resume as it was, "
+            "or add --accept-changes to read the data from its beginning."
+        )
+    return None, [f"the data starts from its beginning: {reason}"]
+
+
+def _why_not_there(loader: Mapping[str, Any] | None, flags: TrainFlags) -> str | None:
+    if loader is None:
+        return "the checkpoint has no position of it"
+    ranks = len(loader["ranks"])
+    if ranks != world_size():
+        return f"{ranks} ranks read it before, and {world_size()} would now"
+    for name in ("num_workers", "micro_batch_size"):
+        if loader[name] != getattr(flags, name):
+            return f"{flags.spelling(name)} was {loader[name]}, and is {getattr(flags, name)} now"
+    return None
+
+
+def loader_state(loader: Any, flags: TrainFlags) -> dict[str, Any]:
+    """`{"loader": …}` with each rank's position in its stream; all ranks call this. Empty for a map-style dataset.
+
+    Raises:
+        UserError: on every rank, if the dataset's state cannot be stored.
+    """
+    with ranks_agree("saving the position of the data"):
+        mine = loader.state_dict()
+    if mine is None:
+        return {}
+    everyones: list[Any] = [mine]
+    if world_size() > 1:
+        everyones = [None] * world_size()
+        dist.all_gather_object(everyones, mine)
+    sizes = {"num_workers": flags.num_workers, "micro_batch_size": flags.micro_batch_size}
+    return {"loader": {**sizes, "ranks": everyones}}

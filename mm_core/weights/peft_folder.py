@@ -1,0 +1,130 @@
+"""The trained adapter of a module with PEFT layers (LoRA and its kin) as a folder that PEFT, transformers and diffusers
+load.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from mm_core.weights.agreement import rank, ranks_agree
+from mm_core.weights.errors import WeightsError
+from mm_core.weights.hf_save import with_values
+from mm_core.weights.hf_writer import FolderWriter, PlannedTensor
+from mm_core.weights.tensors import state_tensors, whole_tensor
+from mm_registry.words import described
+
+#: PEFT's own name of what wraps the network. diffusers: `load_lora_adapter(folder, prefix="base_model.model")`.
+PREFIX = "base_model.model."
+_STEM = "adapter_model"
+# diffusers knows the scale of an adapter from here; without it alpha would be taken for the rank.
+_DIFFUSERS_METADATA = "lora_adapter_metadata"
+
+
+def adapter_names(module: nn.Module) -> list[str]:
+    """Names of the PEFT adapters in a module; none if it has no PEFT layers."""
+    configs: Any = getattr(module, "peft_config", None)
+    return [str(name) for name in configs] if isinstance(configs, Mapping) else []
+
+
+def save_peft_folder(
+    module: nn.Module,
+    folder: Path | str,
+    adapter: str | None = None,
+    *,
+    values: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write one adapter of a module as `adapter_config.json` and `adapter_model.safetensors`, in its own dtype.
+
+    The folder appears whole or not at all. Read it with `PeftModel.from_pretrained(model, folder)`, transformers'
+    `model.load_adapter(folder)`, or diffusers' `model.load_lora_adapter(folder, prefix="base_model.model")`.
+
+    Args:
+        module: PEFT layers were put into it, by `peft.inject_adapter_in_model`, diffusers' or transformers'
+            `add_adapter`, or `peft.get_peft_model`. If it is sharded, the ranks that share its mesh call this
+            together, and rank 0 writes.
+        folder: does not exist yet, or is empty.
+        adapter: its name; None if there is one only.
+        values: the module's name -> what is written instead of the module's own, such as averaged weights.
+
+    Raises:
+        WeightsError: there is no such adapter, the folder holds something already or cannot be written.
+        CheckpointError: another failure, on some rank.
+    """
+    folder = Path(folder)
+    tensors = with_values(state_tensors(module), values or {})
+    alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    what = f"writing {folder}"
+    writer: FolderWriter | None = None
+    with ExitStack() as stack:
+        with ranks_agree(what, alone=alone):
+            config, chosen = _adapter(module, tensors, adapter)
+            planned = {name: PlannedTensor(t.dtype, tuple(t.shape)) for name, t in chosen.items()}
+            text = json.dumps(config, indent=2, sort_keys=True)
+            if alone or rank() == 0:
+                metadata = {_DIFFUSERS_METADATA: json.dumps({PREFIX + k: v for k, v in config.items()})}
+                files = [list(planned)]
+                writer = stack.enter_context(
+                    FolderWriter(folder, planned, files, stem=_STEM, metadata=metadata)
+                )
+        whole = {name: whole_tensor(t) if isinstance(t, DTensor) else t for name, t in chosen.items()}
+        with ranks_agree(what, alone=alone):
+            if writer is not None:
+                for name, tensor in whole.items():
+                    writer.write(name, tensor)
+                writer.write_text("adapter_config.json", text + "\n")
+                writer.publish()
+    return folder
+
+
+def _adapter(
+    module: nn.Module, tensors: Mapping[str, torch.Tensor], adapter: str | None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The content of adapter_config.json, and the adapter's tensors by the folder's names."""
+    names = adapter_names(module)
+    if adapter is None and len(names) == 1:
+        adapter = names[0]
+    if adapter not in names:
+        raise WeightsError(
+            f"adapter {adapter!r}: the module has {', '.join(map(repr, names)) or 'none'}; name one of them"
+            if names
+            else "the module has no PEFT adapter; save it as a whole"
+        )
+    try:
+        from peft import get_peft_model_state_dict
+    except ImportError as error:
+        raise WeightsError(
+            "a PEFT adapter is saved by peft, which is not installed; pip install peft"
+        ) from error
+    peft_config: Any = getattr(module, "peft_config")[adapter]  # noqa: B009 - a mapping that nn.Module does not declare
+    try:
+        # The given tensors are chosen from and renamed, not read: they may be sharded.
+        found = get_peft_model_state_dict(
+            module, state_dict=dict(tensors), adapter_name=adapter, save_embedding_layers=False
+        )
+    except (KeyError, ValueError, TypeError, NotImplementedError) as error:
+        raise WeightsError(f"adapter {adapter!r} cannot be saved by peft: {described(error)}") from error
+    chosen = {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in found.items()}
+    if not chosen:
+        raise WeightsError(f"adapter {adapter!r} has no tensors in the module")
+    return _plain(peft_config.to_dict()) | {"inference_mode": True}, chosen
+
+
+def _plain(value: Any) -> Any:
+    """A configuration as JSON: sets as sorted lists, PEFT's enumerations as their texts."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(_plain, value))
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, str):
+        return str.__str__(value)
+    return value
