@@ -9,7 +9,6 @@ from typing import Any
 
 from mm_core.weights import layout
 from mm_core.weights.errors import WeightsError
-from mm_core.weights.stored import StoredWeights
 
 STATE = "state.json"
 FORMAT = 1
