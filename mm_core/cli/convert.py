@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mm_core.cli.tables import json_text, printable
 from mm_core.config.component_file import SECTIONS
 from mm_core.config.document import expanded
-from mm_core.config.dtypes import SPELLINGS
+from mm_core.config.dtypes import short_dtype
 from mm_registry.errors import UserError
 from mm_registry.suggestions import closest
 
@@ -62,8 +62,8 @@ def _parser() -> _Parser:
     )
     add(
         "--dtype",
-        choices=(*_DTYPES, *sorted(set(SPELLINGS) - {*_DTYPES, "fp64"})),
-        metavar="{bf16,fp16,fp32}",
+        type=short_dtype,
+        choices=_DTYPES,
         help="of all floating-point tensors (default: as they came)",
     )
     add("--ema", action="store_true", help="take the averaged weights of a run")
@@ -92,12 +92,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _bytes(text: str) -> int:
     found = _SIZE.fullmatch(text.strip())
-    size = math.floor(float(found[1]) * _UNITS[(found[2] or "").upper()]) if found else 0
-    if size < 1:
+    size = float(found[1]) * _UNITS[(found[2] or "").upper()] if found else 0.0
+    if not 1 <= size < 2**63:
         raise UserError(
             f"--max-shard-size {text}: it must be a number of bytes, such as 5GB, 500MB or 10GiB."
         )
-    return size
+    return math.floor(size)
 
 
 def run(argv: list[str]) -> int:

@@ -21,7 +21,7 @@ from mm_core.weights.fit import check_fit
 from mm_core.weights.foreign import find_foreign, foreign_names, open_foreign
 from mm_core.weights.hf_folder import is_hf_folder
 from mm_core.weights.hf_writer import LARGEST_FILE
-from mm_core.weights.layout import MARKER, complete_checkpoints, resolve_load, verify_contents
+from mm_core.weights.layout import MARKER, TEMPORARY, complete_checkpoints, resolve_load, verify_contents
 from mm_core.weights.library_config import library_config
 from mm_core.weights.sources import CheckpointSource, FolderSource, TensorSource
 from mm_core.weights.state_file import EMA, STATE, read_state
@@ -63,6 +63,10 @@ def convert(
     target = Path(os.path.realpath(folder))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise WeightsError(f"--to {folder}: it exists already and is not overwritten; name another folder.")
+    if target.parent.name == "checkpoints" and target.name.startswith(("iter_", TEMPORARY)):
+        raise WeightsError(
+            f"--to {folder}: a run would take it for an unfinished checkpoint, and remove it; name another folder."
+        )
     lone = read_component(model_file, component) if model_file is not None else None
     if not source.exists():
         resolve_load(source, flag="--from")  # says what is close
@@ -167,12 +171,12 @@ def _from_foreign(
             f"--from {path}: there is nothing to convert: no safetensors files, no checkpoint of a run, and none of "
             f"MindSpeed-MM.{hint}"
         )
+    source = open_foreign(found)
     if lone is None:
         raise WeightsError(
             f"--from {path}: such a checkpoint does not say what its network is; give the model file that it was "
             "trained with: --mm-model model.json"
         )
-    source = open_foreign(found)
     adapter = find_adapter(lone.component)
     wanted = state_tensors(_network(lone, adapter))
     foreign = foreign_names(source.tensors, wanted, adapter, component)
@@ -194,7 +198,7 @@ def _write(
 ) -> Conversion:
     adapter = find_adapter(lone.component)
     module = _network(lone, adapter)
-    names = names_in_source(module, source, names)
+    names = names_in_source(module, source, names, label=lone.component.label)
     if adapter is not None:
         config: Any = adapter.config_to_folder(dict(lone.component.fields))
     else:

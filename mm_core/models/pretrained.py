@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError  # a value of config.jso
 from mm_core.models.skeleton import build_skeleton, collecting
 from mm_core.weights import StateDictAdapter, find_adapter, load_hf_folder
 from mm_core.weights.adapter import problems_of
-from mm_core.weights.hf_folder import LoadedFolder
+from mm_core.weights.hf_folder import LoadedFolder, weight_files
 from mm_registry.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def load_pretrained(
         what: the configuration's section, for messages.
 
     Raises:
-        UserError: no folder, no config.json, no safetensors, unreadable ones, weights missing or of other
-            shapes, or a config.json that names code to be fetched.
+        UserError: no folder, no config.json, no safetensors, unreadable ones, an index that leads out of the folder,
+            weights missing or of other shapes, or a config.json that names code to be fetched.
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
@@ -55,6 +55,7 @@ def load_pretrained(
             "read, convert them first"
         )
     _refuse_foreign_code(path / "config.json", what)
+    weight_files(path)  # the libraries follow an index that leads out of the folder
     if collecting():
         return build_skeleton(cls, path, dtype=dtype, what=what)
     loader: Any = cls

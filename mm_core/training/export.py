@@ -13,13 +13,14 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mm_core.weights.adapter import StateDictAdapter, find_adapter
 from mm_core.weights.agreement import rank, ranks_agree
@@ -29,6 +30,7 @@ from mm_core.weights.layout import TEMPORARY, folder_name, sync_folder
 from mm_core.weights.library_config import folder_config
 from mm_core.weights.peft_folder import adapter_names, save_peft_folder
 from mm_core.weights.stored import StoredWeights
+from mm_core.weights.tensors import state_tensors
 
 if TYPE_CHECKING:
     from mm_core.config.component import ComponentConfig
@@ -107,9 +109,13 @@ def export(run: Path, step: int, components: Mapping[str, Exported]) -> Path:
             temporary.mkdir()
     try:
         for name, component in components.items():
-            _write(temporary, name, component)
-            if component.averages is not None:
-                _write(temporary, f"{name}-ema", component, component.averages)
+            sharded = any(isinstance(tensor, DTensor) for tensor in state_tensors(component.module).values())
+            # Of what is sharded each rank has to give its part; else all of them would write the same.
+            with nullcontext() if sharded else ranks_agree(what):
+                if sharded or rank() == 0:
+                    _write(temporary, name, component, sharded=sharded)
+                    if component.averages is not None:
+                        _write(temporary, f"{name}-ema", component, component.averages, sharded=sharded)
         with ranks_agree(what), _worded(final):
             if rank() == 0:
                 _publish(temporary, final)
@@ -131,7 +137,12 @@ def _worded(final: Path) -> Iterator[None]:
 
 
 def _write(
-    folder: Path, name: str, component: Exported, values: Mapping[str, torch.Tensor] | None = None
+    folder: Path,
+    name: str,
+    component: Exported,
+    values: Mapping[str, torch.Tensor] | None = None,
+    *,
+    sharded: bool,
 ) -> None:
     """Write one component as a whole, or only its PEFT adapters: then the rest is as it was loaded."""
     module, stored = component.module, component.stored
@@ -141,7 +152,8 @@ def _write(
         save_peft_folder(module, folder / inner, adapter_name, values=values)
     if trained:
         return
-    adapter, config = _described(component)
+    with ranks_agree(f"writing {folder / name}", alone=not sharded):
+        adapter, config = _described(component)
     save_hf_folder(
         module,
         folder / name,

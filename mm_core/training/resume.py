@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from mm_core.config import TrainFlags, TrainingJob
@@ -18,7 +17,7 @@ from mm_core.data.streams import is_streamed
 from mm_core.training.changes import changes, other_versions
 from mm_core.training.ema import ExponentialAverage
 from mm_core.weights import is_hf_folder, load_checkpoint, resolve_load
-from mm_core.weights.agreement import rank, ranks_agree, world_size
+from mm_core.weights.agreement import everywhere, rank, ranks_agree, world_size
 from mm_core.weights.state_file import read_state
 from mm_core.weights.stored import StoredWeights
 from mm_registry.errors import UserError
@@ -108,7 +107,11 @@ def find_resume(job: TrainingJob, dataset: Any) -> Resume | None:
     flags = job.flags
     if flags.load is None or is_hf_folder(expanded(flags.load)):
         return None
-    checkpoint = resolve_load(expanded(flags.load))
+    # Another run may save into that folder meanwhile, and not every rank need see the same newest one.
+    with ranks_agree(f"reading --load {flags.load}"):
+        checkpoint = resolve_load(expanded(flags.load))
+    first = everywhere(checkpoint.name)[0]
+    checkpoint = checkpoint if checkpoint.name == first else checkpoint.with_name(first)
     content = read_state(checkpoint)
     state, modules = content["state"], content.get("modules")
     names = tuple(map(str, modules)) if isinstance(modules, list) else ()
@@ -179,9 +182,6 @@ def loader_state(loader: Any, flags: TrainFlags) -> dict[str, Any]:
         mine = loader.state_dict()
     if mine is None:
         return {}
-    everyones: list[Any] = [mine]
-    if world_size() > 1:
-        everyones = [None] * world_size()
-        dist.all_gather_object(everyones, mine)
+    everyones = everywhere(mine)
     sizes = {"num_workers": flags.num_workers, "micro_batch_size": flags.micro_batch_size}
     return {"loader": {**sizes, "ranks": everyones}}

@@ -11,6 +11,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from mm_core.weights.errors import CheckpointError
 from mm_core.weights.retention import Retention
 from mm_core.weights.writing import CheckpointWriter, Contents, Prepared
 
@@ -91,6 +92,7 @@ class CheckpointSaver:
         """
         if failed:
             self.finish()
+            raise CheckpointError("a checkpoint could not be saved; another rank's log says why")
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if any.

@@ -69,14 +69,14 @@ class Conversion:
 
 
 def names_in_source(
-    module: nn.Module, source: TensorSource, names: Mapping[str, str], *, what: str = ""
+    module: nn.Module, source: TensorSource, names: Mapping[str, str], *, label: str = "the model"
 ) -> dict[str, str]:
     """Compare a source's tensors with a module's.
 
     Args:
         module: usually on the meta device.
         names: the module's name -> the source's.
-        what: the kind of the source, for the message.
+        label: what the module is called in the message.
 
     Returns:
         The module's name -> the source's, for all of the module's names: also those of tied tensors, which are stored
@@ -105,7 +105,7 @@ def names_in_source(
             wrong.append(f"  kind: {name} is {info.dtype} in the checkpoint, {tensor.dtype} in the model")
     if missing or unexpected or wrong:
         lines = [*missing, *unexpected, *shortened(renames, 20), *shortened(wrong, 20)]
-        raise WeightsError(f"{source.path}{what} does not fit the model:\n" + "\n".join(lines))
+        raise WeightsError(f"{source.path} does not fit {label}:\n" + "\n".join(lines))
     return {name: stored[id(tensor)] for name, tensor in tensors.items()}
 
 
@@ -216,6 +216,8 @@ def _reader(
 
 
 def _check_range(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+    if values.dtype.itemsize == 1:
+        values = values.float()  # torch compares no float8
     limit = torch.finfo(dtype).max
     if torch.finfo(values.dtype).max <= limit:
         return

@@ -53,6 +53,8 @@ def find_foreign(path: Path) -> Path | None:
     if path.is_file():
         if path.suffix == ".safetensors":
             raise WeightsError(f"{path} is one file of a folder of weights; name the folder: {path.parent}")
+        if path.suffix == ".distcp":
+            raise WeightsError(f"{path} is one file of a checkpoint; name the folder: {path.parent}")
         return path
     if not path.is_dir():  # reading a pipe would wait for a writer
         raise WeightsError(f"{path} is no regular file, and no folder.")

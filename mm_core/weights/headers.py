@@ -20,6 +20,7 @@ _LARGEST = 100_000_000  # bytes of a header, safetensors' own limit
 _METADATA = "__metadata__"
 #: torch has no more dimensions; the product of very many sizes would take hours.
 _MOST_DIMENSIONS = 64
+_LONGEST_DTYPE = 16
 #: Bits of an element, by the format's names; others are taken as they come.
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -72,6 +73,28 @@ def locate(file: Path) -> dict[str, Located]:
     Raises:
         WeightsError: as `read_header`.
     """
+    data, tensors, first = _parsed(file)
+    return {
+        name: Located(file, first + data[name]["data_offsets"][0], tensor) for name, tensor in tensors.items()
+    }
+
+
+def header_texts(file: Path) -> dict[str, str]:
+    """Return what the header of a safetensors file says besides its tensors, such as the settings of an adapter.
+
+    Raises:
+        WeightsError: as `read_header`; or these are no texts.
+    """
+    texts = _parsed(file)[0].get(_METADATA, {})
+    if not isinstance(texts, dict) or not all(map(_is_text, (*texts, *texts.values()))):
+        raise WeightsError(
+            f"{file} is no safetensors file: its {_METADATA} are {_short(texts)}, and may be texts only"
+        )
+    return texts
+
+
+def _parsed(file: Path) -> tuple[dict[str, Any], dict[str, StoredTensor], int]:
+    """The header, its tensors by name, and where their bytes begin."""
     try:
         if file.exists() and not file.is_file() and not file.is_dir():
             raise WeightsError(f"{file} is no regular file")  # opening a pipe would wait for a writer
@@ -88,7 +111,7 @@ def locate(file: Path) -> dict[str, Located]:
     except OSError as error:
         raise WeightsError(f"{file} cannot be read: {(error.strerror or str(error)).lower()}") from error
     try:
-        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         why = " ".join(str(error).split())
         raise WeightsError(f"{file} is no safetensors file: its header is no JSON ({why})") from error
@@ -96,10 +119,7 @@ def locate(file: Path) -> dict[str, Located]:
         raise WeightsError(f"{file} is no safetensors file: its header is no JSON object")
     tensors = {name: _tensor(file, name, entry) for name, entry in data.items() if name != _METADATA}
     _check_bytes(file, data, size - _LENGTH - length)
-    first = _LENGTH + length
-    return {
-        name: Located(file, first + data[name]["data_offsets"][0], tensor) for name, tensor in tensors.items()
-    }
+    return data, tensors, _LENGTH + length
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
@@ -145,7 +165,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _constant(name: str) -> object:
+    raise ValueError(f"{name} is no number")
+
+
+def _is_text(value: object) -> bool:
+    """Whether a text can be written: half a surrogate pair, which JSON can spell, cannot."""
+    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+
+
 def _tensor(file: Path, name: str, entry: object) -> StoredTensor:
+    if not name or not name.isprintable():
+        raise WeightsError(f"{file} is no safetensors file: {_short(name)} is no name of a tensor")
     if isinstance(entry, Mapping):
         dtype, shape, offsets = (
             entry.get("dtype"),
@@ -154,8 +185,11 @@ def _tensor(file: Path, name: str, entry: object) -> StoredTensor:
         )
         if (
             isinstance(dtype, str)
+            and len(dtype) <= _LONGEST_DTYPE
+            and dtype.isprintable()
             and shape is not None
             and len(shape) <= _MOST_DIMENSIONS
+            and math.prod(size or 1 for size in shape) < 2**63  # an empty tensor has strides too
             and offsets is not None
             and len(offsets) == 2
         ):

@@ -34,6 +34,7 @@ from mm_core.weights.tensors import (
     shortened,
     state_tensors,
 )
+from mm_registry.words import clip, described
 
 log = logging.getLogger(__name__)
 
@@ -159,17 +160,18 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise WeightsError(f"{index} is no safetensors index: {error}.") from error
+        raise WeightsError(f"{index} is no safetensors index: {described(error)}.") from error
+    if not names:
+        raise WeightsError(f"{index} is no safetensors index: it names no files.")
     for name in names:
         # The parts are compared, not the resolved path: the hub's cache links files to a folder beside.
-        unsafe = not isinstance(name, str) or "\\" in name or "\0" in name
+        unsafe = not isinstance(name, str) or "\\" in name or not name.isprintable()
         if unsafe or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise WeightsError(f"{index}: {name!r} points outside the folder; refused.")
-    absent = sorted(name for name in names if not (folder / name).is_file())
+            raise WeightsError(f"{index}: {clip(repr(name))} points outside the folder; refused.")
+    absent = sorted(name for name in names if not os.path.isfile(folder / name))
     if absent:
-        raise WeightsError(
-            f"{index} names {len(absent)} missing files: {', '.join(absent[:5])}; the download is incomplete."
-        )
+        few = ", ".join(map(clip, absent[:5]))
+        raise WeightsError(f"{index} names {len(absent)} missing files: {few}; the download is incomplete.")
     return [inside(folder, folder / name) for name in sorted(names)]
 
 

@@ -8,6 +8,7 @@ Since the header says where each tensor lies, tensors are written to their place
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -115,7 +116,7 @@ class FolderWriter:
         self._target = Path(os.path.realpath(folder))  # a link to an empty folder stays one
         self._temporary = self._target.parent / f"{TEMPORARY}{self._target.name}"
         self._tensors, self._stem = tensors, stem
-        self._metadata = {"format": "pt", **(metadata or {})}
+        self._metadata = {**(metadata or {}), "format": "pt"}
         self._unwritten = set(tensors)
         self._where: dict[str, _File] = {}
         try:
@@ -126,11 +127,17 @@ class FolderWriter:
             self._target.parent.mkdir(parents=True, exist_ok=True)
             self._check_space()
             if self._temporary.exists():
+                os.close(self._locked())  # else it was left behind by a crash
                 shutil.rmtree(self._temporary)
             self._temporary.mkdir()
+            self._lock: int | None = self._locked()
         except OSError as error:
             raise self._cannot(error) from error
-        self._files = [self._plan(self._file_name(i, len(files)), names) for i, names in enumerate(files)]
+        try:
+            self._files = [self._plan(self._file_name(i, len(files)), names) for i, names in enumerate(files)]
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -207,6 +214,9 @@ class FolderWriter:
             sync_folder(self._target.parent)
         except OSError as error:
             raise self._cannot(error) from error
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
         return self.folder
 
     def close(self) -> None:
@@ -215,7 +225,24 @@ class FolderWriter:
             if file.stream is not None:
                 file.stream.close()
                 file.stream = None
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        if self._lock is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)  # after publishing it may be another process's
+            os.close(self._lock)
+            self._lock = None
+
+    def _locked(self) -> int:
+        """Open the temporary folder and lock it: two processes that write one folder would publish each other's."""
+        opened = os.open(self._temporary, os.O_RDONLY)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(opened)
+            raise WeightsError(
+                f"{self.folder} is being written by another process; wait for it, or name another folder."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        return opened
 
     def _plan(self, name: str, names: Sequence[str]) -> _File:
         # Readers make views of the file's bytes, so a tensor begins at a multiple of its elements' size.

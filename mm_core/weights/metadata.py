@@ -9,9 +9,10 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.layout import older
-from mm_core.weights.pickles import check_opcodes, shown
+from mm_core.weights.pickles import PlainKeys, Refused, check_opcodes, shown
 
 _DTYPES = {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _ALLOWED = {
@@ -50,11 +51,55 @@ _ALLOWED = {
 _SIZE_LIMIT = 1 << 30  # bytes; a model of a million tensors on a thousand ranks stays below
 
 
-class _Unpickler(pickle.Unpickler):
+_MOST_ARGUMENTS = 64  # torch has no more dimensions
+
+
+class _Unpickler(PlainKeys):
+    key_types = (MetadataIndex,)
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(PlainKeys.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no tensor's description needs")
+            raise Refused(f"it names {module}.{name}, which no tensor's description needs")
+        if (module, name) == ("collections", "OrderedDict"):
+            return _empty_dict  # what an OrderedDict is made from would be hashed by itself
         return super().find_class(module, name)
+
+    def _check(self, keys: Collection[object]) -> None:
+        super()._check(keys)
+        for key in keys:
+            if isinstance(key, MetadataIndex) and not _is_plain(vars(key)):
+                raise Refused("the place of a tensor is none")
+
+    def _reduce(self) -> None:
+        arguments = self.stack[-1]
+        parts = [part for part in arguments if isinstance(part, list | tuple | dict | set | frozenset)]
+        # A few bytes of a pickle would copy a long list, again and again.
+        if any(len(part) > _MOST_ARGUMENTS for part in [arguments, *parts]):
+            raise Refused("it makes something of a list that is too long")
+        PlainKeys.dispatch[pickle.REDUCE[0]](self)
+
+    def _call(self) -> None:
+        raise Refused("it has an opcode that torch does not write")
+
+    dispatch[pickle.REDUCE[0]] = _reduce
+    dispatch[pickle.INST[0]] = dispatch[pickle.OBJ[0]] = _call
+
+
+def _empty_dict() -> OrderedDict[Any, Any]:
+    return OrderedDict()
+
+
+def _is_plain(index: Mapping[str, Any]) -> bool:
+    """Whether hashing a `MetadataIndex` of these attributes takes a moment."""
+    offset = index.get("offset")
+    sizes = () if offset is None else offset
+    return (
+        type(index.get("fqn")) is str
+        and isinstance(sizes, tuple)
+        and len(sizes) <= _MOST_ARGUMENTS
+        and all(type(size) is int for size in sizes)
+    )
 
 
 class SafeReader(FileSystemReader):

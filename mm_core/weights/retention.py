@@ -44,6 +44,8 @@ class Retention:
             for folder in complete[: -self.last]
             if not (self.every and layout.iteration_of(folder) % self.every == 0)
             and not folder.is_symlink()
+            # Otherwise it is a name that somebody gave it.
+            and folder.name == layout.folder_name(layout.iteration_of(folder))
             and folder.resolve() != protected
         ]
 
@@ -57,9 +59,14 @@ class Retention:
             The names of those that were removed.
         """
         last = layout.iteration_of(newest)
-        complete = [p for p in layout.complete_checkpoints(checkpoints) if layout.iteration_of(p) <= last]
         removed: list[str] = []
-        for folder in self.expired(complete):
+        try:
+            complete = [p for p in layout.complete_checkpoints(checkpoints) if layout.iteration_of(p) <= last]
+            expired = self.expired(complete)
+        except OSError as error:  # raised by one process alone, it would leave the other ranks waiting
+            log.warning("older checkpoints stay: %s cannot be listed (%s)", checkpoints, error)
+            return removed
+        for folder in expired:
             doomed = folder.with_name(f"{_REMOVED}{folder.name}")
             try:
                 if doomed.exists():

@@ -13,12 +13,11 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from mm_core.weights.errors import WeightsError
-from mm_core.weights.headers import locate_all
+from mm_core.weights.headers import header_texts, locate_all
 from mm_core.weights.hf_folder import weight_files
 from mm_core.weights.metadata import SafeReader, read_metadata
 from mm_core.weights.reading import Read, read_all
@@ -60,17 +59,19 @@ class FolderSource:
     """A folder of safetensors files.
 
     Raises:
-        WeightsError: as `weight_files` and `locate_all`; or torch has no such dtype.
+        WeightsError: as `weight_files` and `locate_all`; there are no tensors, or torch has no such dtype.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = weight_files(path)
         self._located = locate_all(self.files)
+        if not self._located:
+            raise WeightsError(f"{path} has no tensors.")
         for name, found in self._located.items():
             if found.tensor.dtype not in TORCH_DTYPES:
                 raise WeightsError(
-                    f"{path}: {name} has dtype {found.tensor.dtype!r}; it is one of {', '.join(TORCH_DTYPES)}."
+                    f"{path}: {clip(name)} has dtype {found.tensor.dtype!r}; it is one of {', '.join(TORCH_DTYPES)}."
                 )
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(TORCH_DTYPES[found.tensor.dtype], found.tensor.shape)
@@ -78,12 +79,12 @@ class FolderSource:
         }
 
     def header_texts(self) -> dict[str, str]:
-        """What the headers of its files say besides, such as the settings of an adapter."""
-        texts: dict[str, str] = {}
-        for file in self.files:
-            with safe_open(str(file), framework="pt") as opened:
-                texts |= opened.metadata() or {}
-        return texts
+        """What the headers of its files say besides, such as the settings of an adapter.
+
+        Raises:
+            WeightsError: as `header_texts`.
+        """
+        return {name: text for file in self.files for name, text in header_texts(file).items()}
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor; see `TensorSource`."""

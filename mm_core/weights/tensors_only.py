@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickle
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from typing import Any, Final, Self
 import torch
 
 from mm_core.weights.errors import WeightsError
-from mm_core.weights.pickles import Refused, check_opcodes, shown
+from mm_core.weights.pickles import PlainKeys, Refused, check_opcodes, shown
 from mm_registry.words import described
 
 _LARGEST_PICKLE = 1 << 28  # bytes; that of a million tensors stays below
@@ -114,6 +113,9 @@ class _Dict(dict[Any, Any]):
 
     __slots__ = ()
 
+    def __init__(self) -> None:
+        super().__init__()  # of nothing: what torch writes is put in later, key by key
+
     def __setstate__(self, state: object) -> None: ...
 
 
@@ -154,6 +156,19 @@ class _Rebuild(_Fixed):
         raise Refused(f"{self.name} is given {shown(arguments)}")
 
 
+class _Size(_Fixed):
+    """torch.Size, as a tuple."""
+
+    __slots__ = ()
+
+    def __call__(self, sizes: Any = ()) -> tuple[Any, ...]:
+        # Not of any list: a few bytes of a pickle would copy a long one, again and again.
+        if not isinstance(sizes, tuple | list) or len(sizes) > _MOST_DIMENSIONS:
+            raise Refused(f"a size is {shown(sizes)}")
+        return tuple(sizes)
+
+
+_SIZE: Final = _Size()
 _REBUILDS: Final = {
     name: _Rebuild(name)
     for name in (
@@ -190,7 +205,9 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
     return None
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(PlainKeys):
+    key_types = (Inert, _Fixed, torch.dtype)
+
     def __init__(self, data: bytes, entries: Mapping[str, int]) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._entries = entries
@@ -200,7 +217,7 @@ class _Unpickler(pickle.Unpickler):
             case "collections", "OrderedDict":
                 return _Dict
             case "torch", "Size":
-                return tuple
+                return _SIZE
             case (("torch._utils" | "torch._tensor"), _) if name in _REBUILDS:
                 return _REBUILDS[name]
             case (("torch" | "torch.cuda" | "torch.storage"), _) if name in _STORAGES:

@@ -58,11 +58,17 @@ def straight_run(last: int, **fsdp2: Any) -> tuple[list[float], dict[str, Any]]:
     return losses, {n: t.numpy() for n, t in whole_tensors(model).items()}
 
 
-@pytest.mark.parametrize("world", [1, 2])
+BF16 = {"param_dtype": "bf16", "recompute_modules": ("predictor.blocks.{*}",)}
+
+
 @pytest.mark.parametrize(
-    "fsdp2",
-    [{}, {"param_dtype": "bf16", "recompute_modules": ("predictor.blocks.{*}",)}],
-    ids=["fp32", "bf16"],
+    ("fsdp2", "world"),
+    [
+        pytest.param({}, 1, id="fp32-1"),
+        pytest.param({}, 2, id="fp32-2"),
+        pytest.param(BF16, 1, id="bf16-1"),
+        pytest.param(BF16, 2, id="bf16-2", marks=pytest.mark.slow),
+    ],
 )
 def test_resume_is_bit_equal(world, fsdp2, tmp_path):
     run_ranks(save_run, world, tmp_path, 3, **fsdp2)

@@ -65,6 +65,19 @@ def test_a_run_writes_what_it_was_given_also_after_a_resume(tmp_path: Path) -> N
     assert dict(again.config).items() >= WAN.items()
 
 
+def test_what_is_whole_on_each_rank_is_written_once(tmp_path: Path) -> None:
+    module = nn.Linear(2, 2)
+    run_ranks(
+        lambda: export(tmp_path, 3, {"predictor": Exported(module, averages={"bias": torch.ones(2)})}), 2
+    )
+    folder = export_folder(tmp_path, 3)
+    assert sorted(path.name for path in folder.iterdir()) == ["predictor", "predictor-ema"]
+    assert load_file(folder / "predictor-ema" / "diffusion_pytorch_model.safetensors")["bias"].tolist() == [
+        1,
+        1,
+    ]
+
+
 def test_it_needs_a_folder() -> None:
     with pytest.raises(ConfigError, match="needs --save: the folders are written into that of the run"):
         load_training_job(parse_train_flags(["--mm-model", "m", "--mm-data", "d", "--lr", "1", "--save-hf"]))

@@ -74,7 +74,13 @@ def everything(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
 @pytest.mark.parametrize(
     ("model", "meshes"),
     [
-        pytest.param(MOE, [(4, FSDP), (2, FSDP), (1, FSDP), (2, EP), (4, FSDP)], id="4-2-1-ep-4"),
+        pytest.param(MOE, [(2, FSDP), (1, FSDP), (2, EP)], id="2-1-ep"),
+        pytest.param(
+            MOE,
+            [(4, FSDP), (2, FSDP), (1, FSDP), (2, EP), (4, FSDP)],
+            id="4-2-1-ep-4",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             MOE,
             [(1, FSDP), (4, EP_ALL), (4, EP_HSDP), (2, EP), (4, HSDP), (3, FSDP), (4, EP_ALL), (2, FSDP)],

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from mm_core.accelerator import Accelerator
 from mm_core.config import load_training_job, parse_train_flags
 from mm_core.data import build_dataset
 from mm_core.data.collate import collate
+from mm_core.training.resume import find_resume
 from mm_core.training.run_folder import RunFolder
 from mm_core.training.trainer import Trainer
+from mm_core.weights import save_checkpoint
 from mm_core.weights.tensors import state_tensors
 from mm_registry.errors import UserError
 from tests.distributed.harness import run_ranks
@@ -225,6 +228,31 @@ def streamed(run: Path) -> dict[str, Any]:
         "again": trained(None, *flags, "--load", first, dataset=stream()),
         "workers": loaded("--load", first, *AVERAGED, dataset=stream()),
     }
+
+
+def test_all_ranks_go_on_from_one_checkpoint(tmp_path):
+    """Though another run saves into the folder, and one rank sees a newer one than the other."""
+    early, late = tmp_path / "early", tmp_path / "late"
+
+    def save() -> None:
+        for step in (1, 2):
+            state = {"step": step, "consumed_samples": 2 * step, "seed": 7}
+            save_checkpoint(late, step, {"predictor": torch.nn.Linear(2, 2)}, None, state)
+        shutil.copytree(late, early)
+        shutil.rmtree(early / "checkpoints/iter_0000002")
+
+    def chosen() -> str:
+        os.chdir(ROOT)
+        flags = parse_train_flags([
+            "--mm-model", str(TINY / "model.json"), "--mm-data", str(TINY / "data.json"), "--lr", "1", "--train-iters", "4",
+            "--seed", "7", "--load", str(late if dist.get_rank() else early),
+        ])  # fmt: skip
+        found = find_resume(load_training_job(flags), range(4))
+        assert found is not None
+        return f"{found.checkpoint.name} of step {found.step}"
+
+    run_ranks(save, 1)
+    assert run_ranks(chosen, 2) == ["iter_0000001 of step 1"] * 2
 
 
 @pytest.mark.slow

@@ -98,6 +98,7 @@ def test_a_failed_save_is_told_on_every_rank_and_harms_no_older_one(asynchronous
             raise OSError(28, "No space left on device")
 
         model = sharded()
+        message = "saved"
         saver = CheckpointSaver(tmp_path, asynchronous=asynchronous)
         saver.save(1, contents(model, None, 1))
         saver.finish()
@@ -113,13 +114,27 @@ def test_a_failed_save_is_told_on_every_rank_and_harms_no_older_one(asynchronous
             FileSystemWriter.write_data = write  # type: ignore[method-assign]
             saver.save(3, contents(model, None, 3))  # and the next one is good again
             saver.finish()
-            return str(error)
-        return "saved"
+            message = str(error)
+        if dist.get_rank() == 1:
+            FileSystemWriter.write_data = full  # type: ignore[method-assign]
+        with pytest.raises(CheckpointError, match="iter_0000004 failed on 1 of 2 ranks; rank 1"), saver:
+            saver.save(4, contents(model, None, 4))  # the last of a run
+        return message
 
     for message in run_ranks(run, 2):
         assert "iter_0000002 failed on 1 of 2 ranks; rank 1: OSError: [Errno 28] No space left" in message
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["iter_0000001", "iter_0000003"]
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
+
+
+def test_a_failure_that_only_another_rank_knows_ends_this_one_too(tmp_path):
+    def run() -> None:
+        saver = CheckpointSaver(tmp_path)
+        saver.poll(failed=False)
+        with pytest.raises(CheckpointError, match="another rank"):
+            saver.poll(failed=True)
+
+    run_ranks(run, 1)
 
 
 def test_a_run_that_fails_still_finishes_the_checkpoint_before(tmp_path):

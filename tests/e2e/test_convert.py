@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from mm_core.cli.main import main
 from mm_core.config import load_training_job
 from mm_core.config.flag_parsing import read_command_line
 from mm_core.models.conversion import convert
 from mm_core.weights import WeightsError, save_checkpoint
 from mm_registry.errors import UserError
 from tests.distributed.harness import run_ranks
-from tests.e2e.conftest import Job, run_mm
+from tests.e2e.conftest import Job
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -201,19 +202,16 @@ def example() -> WanTransformer3DModel:
 
 
 def test_a_run_gives_what_diffusers_loads_in_the_dtypes_that_came_in(
-    tmp_path: Path, example: WanTransformer3DModel
+    tmp_path: Path, example: WanTransformer3DModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dtypes = {key: "BF16" for key in example.state_dict() if "attn1" in key}
     averages = WanTransformer3DModel.from_config(example.config)
     run = run_of(
         tmp_path / "run", example, weights={"predictor": {"dtypes": dtypes, "layout": {}}}, ema={"decay": 0.9}, averages=averages
     )  # fmt: skip
-    result = run_mm(
-        "convert",
-        *("--from", run, "--to", tmp_path / "out", "--max_shard_size", "1MB", "--format", "json"),
-    )
-    assert result.code == 0, result.err
-    said = json.loads(result.out)
+    words = ["--from", run, "--to", tmp_path / "out", "--max_shard_size", "1MB", "--format", "json"]
+    assert main(["convert", *map(str, words)]) == 0
+    said = json.loads(capsys.readouterr().out)
     assert said["kind"] == "a checkpoint of step 4"
     assert said["dtypes"] == {"F32": len(example.state_dict()) - len(dtypes), "BF16": len(dtypes)}
     assert len(said["files"]) > 2
@@ -304,6 +302,10 @@ def test_values_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
         original.proj_out.bias[2] = torch.inf
     original.save_pretrained(tmp_path / "in")
     message = fails(tmp_path, tmp_path / "in", dtype=torch.float16)
+    save_file({"a": torch.ones(4).to(torch.float8_e8m0fnu)}, tmp_path / "scales.safetensors")
+    (tmp_path / "scales").mkdir()
+    (tmp_path / "scales.safetensors").rename(tmp_path / "scales" / "model.safetensors")
+    assert convert(tmp_path / "scales", tmp_path / "half", dtype=torch.float16).dtypes == {"F16": 1}
     assert "proj_out.bias has values up to 1e+06, and the largest of F16 is 6.55e+04" in message
 
 
@@ -322,6 +324,9 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
     save_file({"a": torch.ones(1)}, weights)
     assert f"name the folder: {tmp_path}" in fails(tmp_path, weights, model_file=file)
+    (tmp_path / "__0_0.distcp").write_bytes(b"x")
+    assert "one file of a checkpoint; name the folder" in fails(tmp_path, tmp_path / "__0_0.distcp")
+    assert "is no file of torch.save" in fails(tmp_path, tmp_path / "model.json")
 
     (source / "release" / "mp_rank_01").mkdir()
     assert "cut over 2 ranks (mp_rank_00, mp_rank_01)" in fails(tmp_path, source, model_file=file)
@@ -332,12 +337,13 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
 
 
 def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from mm_core.cli.main import main
-
     for words, message in (
         (["--from", "x", "--too", "y"], "did you mean --to?"),
         (["--from", "x"], "the following arguments are required: --to"),
         (["--from", "x", "--to", "y", "--max-shard-size", "5 apples"], "such as 5GB"),
+        (["--from", "x", "--to", "y", "--max-shard-size", "9" * 400], "such as 5GB"),
+        (["--from", "x", "--to", "y", "--dtype", "double"], "invalid choice: 'fp64'"),
+        (["--from", "x", "--to", "runs/a/checkpoints/iter_7"], "a run would take it for an unfinished"),
         (["--from", "x", "--to", "y", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["--from", "/nowhere/x", "--to", "/nowhere/y"], "--from /nowhere/x: no such folder"),
     ):

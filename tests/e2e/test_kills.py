@@ -64,6 +64,24 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
         shutil.rmtree(run)
 
 
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_sigterm_in_the_middle_of_a_save(runs: Runs, tmp_path: Path, world: int) -> None:
+    """The checkpoint in flight is finished, one more is written, and nothing else; the run can go on."""
+    run, folder = tmp_path / "run", tmp_path / "run/checkpoints"
+    moments = {rank: Moment("write", 2, folder, signal=signal.SIGTERM) for rank in range(world)}
+    assert finish(runs.start(run, world=world, moments=moments)) == [143] * world
+    whole_and_named(run)
+    assert not list(folder.glob(".tmp-*"))
+    steps = [record["step"] for record in metrics(run)]
+    assert steps[-1] < STEPS
+    saved = [layout.iteration_of(path) for path in complete_checkpoints(run)]
+    assert saved == sorted({2, steps[-1]})
+    code, text = runs.run(run, "--load", run, world=world)
+    assert code == 0, text
+    assert losses(run) == losses(runs.whole(world))
+    assert tensors(run, STEPS) == tensors(runs.whole(world), STEPS)
+
+
 def live(runs: Runs, run: Path, world: int, kind: str | None, draw: random.Random) -> int:
     """Start the job or go on with it, to be killed at an operation of this kind, or not at all; return 0 if it came to
     its end before.

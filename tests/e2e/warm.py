@@ -38,19 +38,21 @@ _CHANGES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 @dataclass(frozen=True)
 class Moment:
-    """When a process kills itself.
+    """When a process kills itself, or is asked to end.
 
     Attributes:
         kind: of operation, a value of `KINDS`.
         number: of the operations of this kind under `folder`, counted from 1.
         folder: where the operations are counted.
         delay: seconds after the operation began; 0 is right before it.
+        signal: that it sends to itself and whatever it started.
     """
 
     kind: str
     number: int
     folder: Path
     delay: float = 0.0
+    signal: int = signal.SIGKILL
 
 
 class Warm:
@@ -157,7 +159,7 @@ def _killer(moment: Moment) -> Callable[[str, tuple[Any, ...]], None]:
 
     def die() -> None:
         time.sleep(moment.delay)
-        os.killpg(0, signal.SIGKILL)
+        os.killpg(0, moment.signal)
 
     def hook(event: str, details: tuple[Any, ...]) -> None:
         nonlocal seen

@@ -116,7 +116,7 @@ def load(folder: Path, make: Any, policy: ShardingPolicy, **fsdp2: Any) -> dict[
         pytest.param(1, {}, id="1"),
         pytest.param(2, {"expert_parallel_size": 2}, id="ep-2"),
         pytest.param(3, {}, id="fsdp-3", marks=pytest.mark.slow),
-        pytest.param(4, {"expert_parallel_size": 2}, id="ep-2-fsdp-4"),
+        pytest.param(4, {"expert_parallel_size": 2}, id="ep-2-fsdp-4", marks=pytest.mark.slow),
         pytest.param(
             4, {"expert_parallel_size": 2, "sharding_size": 2}, id="ep-2-hsdp", marks=pytest.mark.slow
         ),

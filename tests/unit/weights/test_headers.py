@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from mm_core.weights.errors import WeightsError
-from mm_core.weights.headers import StoredTensor, read_header, read_headers
+from mm_core.weights.headers import StoredTensor, header_texts, read_header, read_headers
 
 
 def made(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
@@ -64,6 +64,16 @@ WRONG: list[tuple[Any, bytes, str]] = [
     ({"a": entry([1], 4, 0)}, b"1234", "describes 'a' as"),
     ({"a": entry([10**30], 0, 4)}, b"1234", "describes 'a' as"),
     ({"a": entry([2**60] * 1000, 0, 4)}, b"1234", "describes 'a' as"),
+    (b'{"a": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}', b"1234", "NaN is no number"),
+    ({"a": entry([0, 2**62, 2**62], 0, 0)}, b"", "describes 'a' as"),
+    ({"a": entry([4], 0, 4, "I" * 99)}, b"1234", "describes 'a' as"),
+    ({"": entry([1], 0, 4)}, b"1234", "'' is no name of a tensor"),
+    ({"a\n": entry([1], 0, 4)}, b"1234", "'a\\n' is no name of a tensor"),
+    (
+        b'{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+        b"1234",
+        "is no name of a tensor",
+    ),
     ({"a" * 1000: 3}, b"", "aaa… as 3"),
     ({"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, b"1234", "the bytes of 'b' begin inside another tensor"),
     ({"a": entry([1], 0, 4), "b": entry([1], 8, 12)}, b"1" * 12, "of 'b' do not follow the tensor before"),
@@ -80,6 +90,13 @@ def test_wrong_headers(tmp_path: Path, header: Any, data: bytes, message: str) -
     assert message in str(caught.value)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("metadata", [[1], {"a": 3}, None])
+def test_metadata_that_are_no_texts(tmp_path: Path, metadata: Any) -> None:
+    file = made(tmp_path / "x.safetensors", {"__metadata__": metadata})
+    with pytest.raises(WeightsError, match=r"its __metadata__ are .* and may be texts only"):
+        header_texts(file)
 
 
 def test_lengths(tmp_path: Path) -> None:

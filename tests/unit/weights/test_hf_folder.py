@@ -83,7 +83,7 @@ def test_an_index_that_names_absent_files(tmp_path: Path) -> None:
         load_hf_folder(Net(), folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}", '{"weight_map": {}}'])
 def test_a_broken_index(text: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "w", Net().state_dict())
     (folder / "model.safetensors.index.json").write_text(text)

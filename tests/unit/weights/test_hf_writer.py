@@ -81,6 +81,24 @@ def test_a_disk_that_refuses_in_the_middle(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_another_process_writes(tmp_path: Path) -> None:
+    files = split_files(PLANNED, 10**9)
+    (tmp_path / ".tmp-w").mkdir()  # of a crash
+    with FolderWriter(tmp_path / "w", PLANNED, files) as writer:
+        with pytest.raises(WeightsError, match="w is being written by another process; wait for it"):
+            FolderWriter(tmp_path / "w", PLANNED, files)
+        for name, tensor in TENSORS.items():
+            writer.write(name, tensor)
+        writer.publish()
+    assert len(load_file(tmp_path / "w" / "diffusion_pytorch_model.safetensors")) == len(TENSORS)
+
+
+def test_a_dtype_that_no_file_holds(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"a: a safetensors file cannot hold torch\.complex128"):
+        FolderWriter(tmp_path / "w", {"a": PlannedTensor(torch.complex128, (1,))}, [["a"]])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_group_of_names_stays_in_one_file() -> None:
     planned = {name: PlannedTensor(torch.uint8, (10,)) for name in "abcde"}
     assert split_files(planned, 20) == [["a", "b"], ["c", "d"], ["e"]]

@@ -113,6 +113,35 @@ def archive(path: Path, data: bytes, entries: dict[str, bytes] | None = None, **
     return path
 
 
+_TWICE = b"K\x01" + b"2\x86" * 100  # a tuple that holds another one twice, and so on: hashing it never ends
+_DEEP = b"K\x01" + b"\x85" * 300_000  # hashing it takes more stack than there is
+_LONG = b"](" + b"K\x01" * 1000 + b"e"
+_INDEX = b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"}" + _TWICE + b"K\x01s.",
+        b"}" + _DEEP + b"K\x01s.",
+        b"}(" + _TWICE + b"K\x01u.",
+        b"}" + _INDEX + b")\x81}(X\x03\x00\x00\x00fqn" + _TWICE + b"X\x06\x00\x00\x00offsetNubK\x01s.",
+        b"}" + _INDEX + b")\x81}(X\x03\x00\x00\x00fqnX\x01\x00\x00\x00aX\x06\x00\x00\x00offset"
+        + _TWICE + b"ubK\x01s.",
+        b"ccollections\nOrderedDict\n]" + _TWICE + b"K\x01\x86a\x85R.",
+        b"ctorch\nSize\n" + _LONG + b"\x85R.",
+        _INDEX + b"X\x01\x00\x00\x00a" + _LONG + b"\x86R.",
+        b"(" + _LONG + b"ctorch\nSize\no.",
+    ],
+    ids=["twice", "deep", "pairs", "name", "place", "ordered", "size", "index", "obj"],
+)  # fmt: skip
+def test_metadata_that_would_keep_the_reader_busy(data: bytes, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path)
+    (folder / ".metadata").write_bytes(data)
+    assert "metadata is refused" in refused(lambda: CheckpointSource(folder))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_pickle_runs_anything(kind: str, tmp_path: Path) -> None:
     flag = tmp_path / "flag"
@@ -192,13 +221,45 @@ def test_metadata_that_claims_too_much(kind: str, tmp_path: Path) -> None:
     assert "metadata is refused" in refused(lambda: CheckpointSource(folder))
 
 
-def test_what_cannot_be_printed_is_not_printed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("around", [b"%sQ.", b"ctorch._utils\n_rebuild_tensor_v2\n(%stR."])
+def test_what_cannot_be_printed_is_not_printed(around: bytes, tmp_path: Path) -> None:
     """Each list holds the one before twice: 60 of them have 2⁶⁰ places."""
     lists = b"]" + b"".join(
         b"q" + bytes([i]) + b"](h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60)
     )
-    for data in (lists + b"Q.", b"ctorch._utils\n_rebuild_tensor_v2\n(" + lists + b"tR."):
-        assert "is refused" in refused(lambda data=data: SavedFile(archive(tmp_path / "a.pt", data)))
+    file = archive(tmp_path / "a.pt", around % lists)
+    assert "is refused" in refused(lambda: SavedFile(file))
+
+
+_TWICE = b")\x85" + b"2\x86" * 60  # each tuple holds the one before twice: 2⁶⁰ places
+_DEEP = b")" + b"\x85" * 250_000  # in each other: more than a stack holds
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"}" + _TWICE + b"Ns.",
+        b"}(" + _TWICE + b"Nu.",
+        b"(" + _TWICE + b"Nd.",
+        b"\x8f(" + _TWICE + b"\x90.",
+        b"(" + _TWICE + b"\x91.",
+        b"}" + _DEEP + b"Ns.",
+        b"ccollections\nOrderedDict\n](" + _TWICE + b"N\x86e\x85R.",
+    ],
+    ids=["setitem", "setitems", "dict", "set", "frozenset", "deep", "pairs"],
+)
+def test_keys_whose_hash_takes_for_ever(data: bytes, tmp_path: Path) -> None:
+    assert "is refused" in refused(lambda: SavedFile(archive(tmp_path / "a.pt", data)))
+
+
+def test_a_long_list_is_not_copied_again_and_again(tmp_path: Path) -> None:
+    data = b"ctorch\nSize\nq\x00](" + b"N" * 100_000 + b"eq\x01" + b"h\x00h\x01\x85R" * 10_000 + b"."
+    assert "is refused: a size is" in refused(lambda: SavedFile(archive(tmp_path / "a.pt", data)))
+
+
+def test_keys_that_are_short_tuples(tmp_path: Path) -> None:
+    saved = {("a", 1): {2}, 3: frozenset({None, 1.5})}
+    assert SavedFile(archive(tmp_path / "a.pt", pickle.dumps(saved))).content == saved
 
 
 def test_an_archive_that_unpacks_to_much_more(tmp_path: Path) -> None:
@@ -254,6 +315,9 @@ def test_a_safetensors_header_of_absurd_length(length: int, tmp_path: Path) -> N
         {"dtype": "F32", "shape": [HUGE, 0], "data_offsets": [0, 4]},
         {"dtype": "F4", "shape": [HUGE], "data_offsets": [0, 0]},
         {"dtype": "F32", "shape": [2, 2], "data_offsets": [-16, 0]},
+        {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]},
+        {"dtype": "F" * 10**5, "shape": [0], "data_offsets": [0, 0]},
+        {"dtype": "F32", "shape": [float("nan")], "data_offsets": [0, 0]},
     ],
 )
 def test_a_safetensors_header_that_claims_too_much(entry: dict[str, Any], tmp_path: Path) -> None:
@@ -268,7 +332,7 @@ def test_a_safetensors_header_that_claims_too_much(entry: dict[str, Any], tmp_pa
 @pytest.mark.parametrize(
     "name",
     ["../secret.safetensors", "/secret.safetensors", "a/../../secret.safetensors", "..\\secret.safetensors", "a\0b",
-     "..", "", ".", 7, None, ["x"]],
+     "..", "", ".", 7, None, ["x"], "x" * 5000, "\ud800"],
 )  # fmt: skip
 def test_an_index_that_leads_out_of_its_folder(name: Any, tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2, 2), "bias": torch.ones(2)}, tmp_path / "secret.safetensors")

@@ -49,12 +49,13 @@ def test_only_complete_older_checkpoints_of_this_folder_go(tmp_path):
     (folder / "iter_0000002").symlink_to(tmp_path / "aside")
     (folder / "iter_0000003").mkdir()  # without marker: nobody knows whose it is
     (folder / "notes").mkdir()
+    shutil.copytree(folder / "iter_0000004", folder / "iter_5")  # of a name that we do not give
     Retention(1, protected=folder / "iter_0000004").apply(folder, folder / "iter_0000006")
     # 2 is a link to somewhere, 4 is protected, 8 is newer than the one that was just written.
-    names = ["iter_0000002", "iter_0000003", "iter_0000004", "iter_0000006", "iter_0000008", "notes"]
-    assert sorted(p.name for p in folder.iterdir()) == names
+    names = [2, 3, 4, 6, 8]
+    assert sorted(p.name for p in folder.iterdir()) == [*map(layout.folder_name, names), "iter_5", "notes"]
     Retention(1).apply(folder, folder / "iter_0000008")
-    assert kept(tmp_path) == [2, 8]
+    assert kept(tmp_path) == [2, 5, 8]
     assert (tmp_path / "aside/state.json").exists()
     assert kept(tmp_path / "elsewhere") == [1]
 
