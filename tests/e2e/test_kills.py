@@ -103,6 +103,7 @@ def live(runs: Runs, run: Path, world: int, kind: str | None, draw: random.Rando
     finally:
         codes = finish(processes)
     text = " ".join(" ".join(one.text for one in processes).split())
+    assert None not in codes, f"a rank outlived the killed one by far: {codes} {text}"
     if any(codes):
         assert -signal.SIGKILL in codes, f"{codes} {text}"
     if complete and "continuing" in text:

@@ -107,12 +107,14 @@ def ranks(
 
 
 def finish(processes: Sequence[Warm], seconds: float = 120) -> list[int | None]:
-    """Wait for all, and leave none behind. When the first of several dies, the others get a while to notice."""
+    """Wait for all, and leave none behind. When the first of several dies, the others get a while to notice; the code of
+    one that does not is None.
+    """
     deadline = time.monotonic() + seconds
     try:
         while any(one.code is None for one in processes) and time.monotonic() < deadline:
             if any(one.code for one in processes):
-                deadline = min(deadline, time.monotonic() + 30)
+                deadline = min(deadline, time.monotonic() + 60)
             time.sleep(0.02)
         return [one.code for one in processes]
     finally:
