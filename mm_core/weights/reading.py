@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from mm_core.config.environment import whole_number
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.headers import Located
 from mm_core.weights.recipe import Box, Shape
@@ -87,8 +88,7 @@ def planned_bytes(reads: Iterable[Read]) -> int:
 
 def _threads() -> int:
     """As many as this rank's share of the processors, but enough to keep a disk busy."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
-    share = len(os.sched_getaffinity(0)) // max(1, int(ranks) if ranks.isdecimal() else 1)
+    share = len(os.sched_getaffinity(0)) // max(1, whole_number("LOCAL_WORLD_SIZE", 1))
     return max(4, min(16, share))
 
 

@@ -29,7 +29,7 @@ class Result:
     err: str
 
 
-def run_mm(*arguments: str | Path, cwd: Path = ROOT, timeout: float = 240, **variables: str) -> Result:
+def run_mm(*arguments: str | Path, cwd: Path = ROOT, timeout: float = 480, **variables: str) -> Result:
     """Run `mm …` in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "mm_core", *map(str, arguments)],

@@ -53,8 +53,8 @@ GPT_ARGS="
     --micro-batch-size ${MBS} \
     --global-batch-size ${GBS} \
     --num-workers 1 \
-    --lr 1e-5 \
-    --min-lr 1e-5 \
+    --lr 1e-3 \
+    --min-lr 1e-3 \
     --adam-beta1 0.9 \
     --adam-beta2 0.999 \
     --adam-eps 1e-8 \

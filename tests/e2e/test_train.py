@@ -14,7 +14,7 @@ import pytest
 
 from tests.e2e.conftest import ENVIRONMENT, ROOT, Job, edited, losses, metrics, run_mm, started, train
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
