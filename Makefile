@@ -14,7 +14,7 @@ help:
 	@echo "make demo       train a tiny Wan2.2 on two real clips and look at it (some minutes)"
 	@echo "make test       the tests; make test-full runs the slow ones too"
 	@echo "make lint       ruff, mypy, import-linter"
-	@echo "make bench      our training step against a plain loop, sharded and not; finding plugins; checking a configuration"
+	@echo "make bench      our training step against a plain loop, sharded and not; finding plugins; checking a configuration; weights"
 	@echo "make generated  the pages and schemas that are written from the code"
 	@echo "make docs       the documentation as HTML in site/"
 
@@ -67,6 +67,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/sharding.py
 	$(BIN)/python benchmarks/discovery.py
 	$(BIN)/python benchmarks/config.py
+	$(BIN)/python benchmarks/weights.py
 
 docs: $(VENV)/.dev
 	$(PIP) mkdocs-material==9.8.1

@@ -259,7 +259,7 @@ def measure_saving(options: argparse.Namespace) -> dict[str, Any]:
     """How long training stands still for a checkpoint, in both ways."""
     root = Path(tempfile.mkdtemp(prefix="mm-weights-", dir="/tmp"))
     try:
-        found: Any = run("saving", "saving", root, options)
+        found: Any = run("saving", "saving", root / "run", options)
     finally:
         shutil.rmtree(root)
     waiting = max(statistics.median(of_rank["waiting"]) for of_rank in found)
