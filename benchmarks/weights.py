@@ -206,6 +206,8 @@ def worker(options: argparse.Namespace) -> None:
     if dist.get_rank() == 0:
         options.result.write_text(json.dumps(found))
     destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # the libraries' loading threads sometimes abort the interpreter's own end
 
 
 def saving_worker(options: argparse.Namespace) -> None:
