@@ -47,6 +47,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 
 from mm_core.accelerator import destroy_process_group
 from mm_core.config.fsdp2 import Fsdp2Config
+from mm_core.observe.transfer import byte_progress
 from mm_core.sharding import FSDP2Mixin, ShardingPolicy
 from mm_core.training.saving import CheckpointSaver
 from mm_core.weights import load_hf_folder, materialize
@@ -87,40 +88,27 @@ def units_of(kind: str) -> str:
     return "blocks.{*}" if kind == "wan" else "model.layers.{*}"
 
 
-def build(kind: str, parameters: float) -> nn.Module:
-    """A model of at least so many parameters, on the meta device."""
+def build(kind: str, layers: int) -> nn.Module:
+    """A model of so many layers, on the meta device."""
     with torch.device("meta"):
         if kind == "wan":
-            return _deep(
-                parameters,
-                lambda layers: WanDiT(
-                    hidden_size=1536, num_heads=12, ffn_dim=8960, num_layers=layers, max_seq_len=64
-                ),
-            )
+            return WanDiT(hidden_size=1536, num_heads=12, ffn_dim=8960, num_layers=layers, max_seq_len=64)
         if kind == "qwen3":
-            return _deep(
-                parameters,
-                lambda layers: Qwen3ForCausalLM(
-                    Qwen3Config(**_TEXT, intermediate_size=6144, num_hidden_layers=layers)
-                ),
-            )
+            return Qwen3ForCausalLM(Qwen3Config(**_TEXT, intermediate_size=6144, num_hidden_layers=layers))
         experts = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 768}
-        return _deep(
-            parameters,
-            lambda layers: Qwen3MoeForCausalLM(
-                Qwen3MoeConfig(**_TEXT, **experts, intermediate_size=6144, num_hidden_layers=layers)
-            ),
-        )
+        config = Qwen3MoeConfig(**_TEXT, **experts, intermediate_size=6144, num_hidden_layers=layers)
+        return Qwen3MoeForCausalLM(config)
 
 
-def _deep(parameters: float, make: Any) -> nn.Module:
-    one, two = (sum(p.numel() for p in make(layers).parameters()) for layers in (1, 2))
-    return make(1 + max(0, -int((one - parameters) // (two - one))))
+def layers_for(kind: str, parameters: float) -> int:
+    """The fewest layers with at least so many parameters."""
+    one, two = (sum(p.numel() for p in build(kind, layers).parameters()) for layers in (1, 2))
+    return 1 + max(0, -int((one - parameters) // (two - one)))
 
 
 def generate(kind: str, dtype: torch.dtype, folder: Path, gb: float) -> int:
     """Write a folder as the libraries do, in files of about 1 GB; returns its bytes."""
-    model: Any = build(kind, gb * 1e9 / dtype.itemsize)
+    model: Any = build(kind, layers_for(kind, gb * 1e9 / dtype.itemsize))
     shapes = shapes_of(model)
     layout = folder_recipes(model, None, shapes)
     if kind == "wan":  # our component computes what diffusers' class does
@@ -149,9 +137,11 @@ def generate(kind: str, dtype: torch.dtype, folder: Path, gb: float) -> int:
     return total
 
 
-def ours(kind: str, folder: Path, parameters: float) -> nn.Module:
+def ours(kind: str, folder: Path) -> nn.Module:
     """From meta to ready by our loader."""
-    composite = Composite(build(kind, parameters), units_of(kind))
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["num_layers" if kind == "wan" else "num_hidden_layers"]
+    composite = Composite(build(kind, layers), units_of(kind))
     composite.fully_shard(None, Fsdp2Config())
     materialize(composite.predictor, "cpu", 0, random_init=False)
     load_hf_folder(composite.predictor, folder)
@@ -184,17 +174,16 @@ def resident(field: str) -> int:
 def worker(options: argparse.Namespace) -> None:
     """One rank of one load."""
     dist.init_process_group("gloo")
-    kind, dtype = CASES[options.case]
-    warm = nn.Linear(2, 2)  # what the first sharding of a process imports and allocates is nobody's
-    fully_shard(warm)
+    kind, _ = CASES[options.case]
+    # What a process imports and allocates when it first builds, shards or shows progress is neither way's.
+    build(kind, 1)
+    fully_shard(nn.Linear(2, 2))
+    with byte_progress("warm", 1, shown=True):
+        pass
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
     before, start = resident("VmRSS"), time.perf_counter()
-    module = (
-        ours(kind, options.folder, options.gb * 1e9 / dtype.itemsize)
-        if options.way == "ours"
-        else plain(kind, options.folder)
-    )
+    module = (ours if options.way == "ours" else plain)(kind, options.folder)
     dist.barrier()
     seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
     tensors = state_tensors(module).values()
@@ -213,9 +202,8 @@ def worker(options: argparse.Namespace) -> None:
 def saving_worker(options: argparse.Namespace) -> None:
     """One rank of the training that saves; seconds of each `save`, of steps, and of steps beside a save."""
     dist.init_process_group("gloo")
-    composite = Composite(
-        build("wan", options.gb * 1e9 / 12), units_of("wan")
-    )  # fp32: a weight and two moments
+    layers = layers_for("wan", options.gb * 1e9 / 12)  # fp32: a weight and two moments
+    composite = Composite(build("wan", layers), units_of("wan"))
     composite.fully_shard(None, Fsdp2Config())
     materialize(composite.predictor, "cpu", 0)
     adam = torch.optim.AdamW(composite.predictor.parameters(), fused=True)

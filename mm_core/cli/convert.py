@@ -62,8 +62,8 @@ def _parser() -> _Parser:
     )
     add(
         "--dtype",
-        type=short_dtype,
-        choices=_DTYPES,
+        type=_dtype,
+        metavar="{" + ",".join(_DTYPES) + "}",
         help="of all floating-point tensors (default: as they came)",
     )
     add("--ema", action="store_true", help="take the averaged weights of a run")
@@ -88,6 +88,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             word = name + equals + value
         words.append(word)
     return parser.parse_args(words)
+
+
+def _dtype(text: str) -> str:
+    dtype: str = short_dtype(text)
+    if dtype in _DTYPES:
+        return dtype
+    near = closest(dtype, _DTYPES, 1)
+    mend = f"did you mean {near[0]}?" if near else f"choose from {', '.join(_DTYPES)}"
+    raise argparse.ArgumentTypeError(f"{dtype!r} is no dtype that is written; {mend}")
 
 
 def _bytes(text: str) -> int:

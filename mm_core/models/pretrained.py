@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,7 @@ from mm_core.models.skeleton import build_skeleton, collecting
 from mm_core.weights import StateDictAdapter, find_adapter, load_hf_folder
 from mm_core.weights.adapter import problems_of
 from mm_core.weights.hf_folder import LoadedFolder, weight_files
+from mm_core.weights.library_config import read_config
 from mm_registry.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ def load_pretrained(
             f"{what}: {str(folder)!r} holds no *.safetensors file; pickled weights (.bin, .pt) are not "
             "read, convert them first"
         )
-    _refuse_foreign_code(path / "config.json", what)
+    refuse_foreign_code(path / "config.json", what)
     weight_files(path)  # the libraries follow an index that leads out of the folder
     if collecting():
         return build_skeleton(cls, path, dtype=dtype, what=what)
@@ -88,7 +90,7 @@ def load_pretrained(
     return model
 
 
-def _refuse_foreign_code(file: Path, what: str) -> None:
+def refuse_foreign_code(file: Path, what: str) -> None:
     """transformers takes an implementation (of attention, say) with a `/` in its name for a repository, and runs what
     it fetches from there.
 
@@ -136,7 +138,11 @@ def _dtype_argument(cls: type) -> str:
 
 
 def load_predictor_folder(
-    module: torch.nn.Module, folder: str | os.PathLike[str], component: ComponentConfig | None = None
+    module: torch.nn.Module,
+    folder: str | os.PathLike[str],
+    component: ComponentConfig | None = None,
+    *,
+    elsewhere: Collection[str] = (),
 ) -> LoadedFolder:
     """Load a Hugging Face folder into a predictor, sharded or not, after a look at the folder's config.json.
 
@@ -147,6 +153,7 @@ def load_predictor_folder(
     Args:
         component: the predictor's section; its weights adapter, if one is registered, says what the folder's
             keys are called in the module.
+        elsewhere: names of tensors that other pipeline stages have.
 
     Returns:
         What the folder was like, to write it again as it came.
@@ -163,7 +170,7 @@ def load_predictor_folder(
         raise UserError(
             f"{where}: the section does not describe the network in {str(folder)!r}: {'; '.join(differences)}"
         )
-    return load_hf_folder(module, path, adapter)
+    return load_hf_folder(module, path, adapter, elsewhere=elsewhere)
 
 
 def folder_differences(
@@ -183,12 +190,7 @@ def folder_differences(
     check = getattr(module, "check_pretrained_config", None)
     if not file.is_file() or (adapter is None and not callable(check)):
         return []
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{file} holds no object; it is not the config.json of a model")
+    config = read_config(file)
     differences = list(check(config)) if callable(check) else []
     if adapter is not None and component is not None:
         differences += problems_of(adapter, config, component.fields)

@@ -30,6 +30,14 @@ class RankError(AssertionError):
     """A rank failed; the message has the traceback of each that reported one."""
 
 
+class _UnmetError(RankError):
+    """The ranks' connections were not made, so the function never ran."""
+
+
+# Now and then gloo's sockets on a busy machine close each other ("connectFullMesh failed"), before anything was run.
+_MEETINGS = 3
+
+
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60, **kwargs: Any
 ) -> list[Any]:
@@ -41,6 +49,17 @@ def run_ranks(
     Raises:
         RankError: a rank raised, died or did not finish in time.
     """
+    for _ in range(_MEETINGS - 1):
+        try:
+            return _run_once(function, world_size, args, kwargs, timeout)
+        except _UnmetError:
+            continue
+    return _run_once(function, world_size, args, kwargs, timeout)
+
+
+def _run_once(
+    function: Callable[..., Any], world_size: int, args: Any, kwargs: Any, timeout: float
+) -> list[Any]:
     context = mp.get_context("fork")
     # A child that inherits a pool of threads, but not the threads, waits for them for ever.
     torch.set_num_threads(1)
@@ -73,6 +92,7 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout: float) -> l
     failed_at = 0.0
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
+    unmet = False
     waiting = dict(zip(pipes, range(len(pipes)), strict=True))
     while waiting:
         # After the first failure the others only get a moment: they may stand in a collective that cannot
@@ -95,8 +115,11 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout: float) -> l
                 if not failures:
                     failed_at = time.monotonic()
                 failures[rank] = value
+                unmet = unmet or good is None
     if failures:
-        raise RankError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
+        raise (_UnmetError if unmet else RankError)(
+            "\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items()))
+        )
     if waiting:
         raise RankError(f"ranks {sorted(waiting.values())} did not finish within {timeout} s")
     return [results[rank] for rank in range(len(pipes))]
@@ -121,6 +144,7 @@ def _rank(
         LOCAL_WORLD_SIZE=str(world_size),
         MM_DEVICE="cpu",
     )
+    good: bool | None = None  # None: the ranks did not meet
     try:
         dist.init_process_group(
             "gloo",
@@ -129,9 +153,12 @@ def _rank(
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
-        pipe.send((True, function(*args, **kwargs)))
+        good = False
+        result = function(*args, **kwargs)
+        good = True
+        pipe.send((good, result))
     except BaseException:  # noqa: BLE001 - reported to the parent, whatever it is
-        pipe.send((False, traceback.format_exc()))
+        pipe.send((False if good else good, traceback.format_exc()))
     pipe.close()
     # Not through the interpreter's exit: the forked copy of the parent has handlers and open files of its own.
     os._exit(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -21,10 +20,10 @@ from mm_core.weights.headers import read_headers
 from mm_core.weights.hf_folder import inside, weight_files
 from mm_core.weights.hf_save import config_text, save_hf_folder
 from mm_core.weights.hf_writer import LARGEST_FILE, FolderWriter, PlannedTensor, split_files
+from mm_core.weights.library_config import read_config
 from mm_core.weights.sources import FolderSource, TensorSource
 from mm_core.weights.stored import StoredWeights
 from mm_core.weights.tensors import compare_keys, dtype_name, shortened, state_tensors
-from mm_registry.words import described
 
 _CONFIG = "config.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers, at the top
@@ -179,7 +178,7 @@ def copy_folder(
     beside = _small_files(source.path)
     text = None
     if dtype is not None and (source.path / _CONFIG) in beside:
-        text = config_text(_with_dtype(_config(source.path / _CONFIG), dtype))
+        text = config_text(_with_dtype(read_config(source.path / _CONFIG), dtype))
     files = split_files(planned, max_file_bytes)
     total = sum(_nbytes(source, name) for name in names)
     with (
@@ -257,16 +256,6 @@ def _small_files(folder: Path) -> list[Path]:
             raise WeightsError(f"{file} is too large to be copied with the weights; move it away.")
         found.append(inside(folder, file))
     return found
-
-
-def _config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} cannot be read: {described(error)}.") from error
-    if not isinstance(config, dict):
-        raise WeightsError(f"{file} holds no object; it is not the config.json of a model.")
-    return config
 
 
 def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,21 @@ from mm_core.weights.tensors import TORCH_DTYPES, state_tensors
 from mm_registry.words import described, shown
 
 TRANSFORMERS_STEM = "model"
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of a folder's config.json.
+
+    Raises:
+        WeightsError: it cannot be read, or holds something else than an object.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{file} cannot be read: {described(error)}.") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{file} holds no object; it is not the config.json of a model.")
+    return config
 
 
 def file_stem(module: nn.Module) -> str:

@@ -314,7 +314,12 @@ class SavedFile:
         try:
             with zipfile.ZipFile(self._stream) as archive:
                 infos = archive.infolist()
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+        except zipfile.BadZipFile as error:
+            raise WeightsError(
+                f"{self.path} is no file of torch.save (a zip archive), or was cut off; files of torch before 1.6 are "
+                "not read, save them anew."
+            ) from error
+        except (OSError, ValueError, NotImplementedError, struct.error) as error:
             raise WeightsError(
                 f"{self.path} is no file of torch.save, or was cut off: {described(error)}; files of torch before 1.6 "
                 "are not read, save them anew."

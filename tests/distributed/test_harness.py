@@ -45,3 +45,27 @@ def test_a_rank_that_dies_is_named():
 def test_ranks_that_hang_are_stopped():
     with pytest.raises(RankError, match="did not finish within 1 s"):
         run_ranks(time.sleep, 1, 30, timeout=1)
+
+
+def test_ranks_whose_connections_fail_meet_again(tmp_path, monkeypatch):
+    real = dist.init_process_group
+
+    def fails_once(*args: object, rank: int, **kwargs: object) -> None:
+        marker = tmp_path / "failed"
+        if rank == 1 and not marker.exists():
+            marker.touch()
+            raise RuntimeError("Gloo connectFullMesh failed")
+        real(*args, rank=rank, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dist, "init_process_group", fails_once)
+    assert run_ranks(dist.get_rank, 2) == [0, 1]
+    assert (tmp_path / "failed").exists()
+
+
+def test_ranks_that_never_meet_say_why(monkeypatch):
+    def fails(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Gloo connectFullMesh failed")
+
+    monkeypatch.setattr(dist, "init_process_group", fails)
+    with pytest.raises(RankError, match="connectFullMesh failed"):
+        run_ranks(dist.get_rank, 1)

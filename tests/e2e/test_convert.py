@@ -326,7 +326,7 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     assert f"name the folder: {tmp_path}" in fails(tmp_path, weights, model_file=file)
     (tmp_path / "__0_0.distcp").write_bytes(b"x")
     assert "one file of a checkpoint; name the folder" in fails(tmp_path, tmp_path / "__0_0.distcp")
-    assert "is no file of torch.save" in fails(tmp_path, tmp_path / "model.json")
+    assert "is no file of torch.save (a zip archive)" in fails(tmp_path, tmp_path / "model.json")
 
     (source / "release" / "mp_rank_01").mkdir()
     assert "cut over 2 ranks (mp_rank_00, mp_rank_01)" in fails(tmp_path, source, model_file=file)
@@ -342,9 +342,19 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> Non
         (["--from", "x"], "the following arguments are required: --to"),
         (["--from", "x", "--to", "y", "--max-shard-size", "5 apples"], "such as 5GB"),
         (["--from", "x", "--to", "y", "--max-shard-size", "9" * 400], "such as 5GB"),
-        (["--from", "x", "--to", "y", "--dtype", "double"], "invalid choice: 'fp64'"),
+        (
+            ["--from", "x", "--to", "y", "--dtype", "double"],
+            "'fp64' is no dtype that is written; did you mean fp",
+        ),
+        (
+            ["--from", "x", "--to", "y", "--dtype", "bf61"],
+            "--dtype: 'bf61' is no dtype that is written; did you mean bf16?",
+        ),
         (["--from", "x", "--to", "runs/a/checkpoints/iter_7"], "a run would take it for an unfinished"),
-        (["--from", "x", "--to", "y", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (
+            ["--from", "x", "--to", "y", "--dtype", "int8"],
+            "'int8' is no dtype that is written; choose from bf16, fp16, fp32",
+        ),
         (["--from", "/nowhere/x", "--to", "/nowhere/y"], "--from /nowhere/x: no such folder"),
     ):
         assert main(["convert", *words]) == 2
