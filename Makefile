@@ -65,6 +65,7 @@ generated: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/sharding.py
+	$(BIN)/python benchmarks/parallel.py
 	$(BIN)/python benchmarks/discovery.py
 	$(BIN)/python benchmarks/config.py
 	$(BIN)/python benchmarks/weights.py

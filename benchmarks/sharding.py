@@ -39,9 +39,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from mm_core.accelerator import Accelerator, destroy_process_group
 from mm_core.config.fsdp2 import Fsdp2Config
+from mm_core.planning.live_bytes import LiveBytes
 from mm_core.sharding import FSDP2Mixin, ShardingPolicy
 from mm_core.sharding.rows import peak_memory
-from mm_core.testing.live_bytes import LiveBytes
 from mm_core.training.gradients import scale_and_clip
 from mm_core.training.step import GradientExchange, UnusedParameters
 from mm_core.weights import materialize

@@ -11,7 +11,7 @@ from mm_core.config.flag_parsing import parse_train_flags
 from mm_core.config.flags import world_size
 from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.generation_job import draft_generation_job
-from mm_core.config.job import draft_training_job
+from mm_core.config.job import draft_training_job, parallel_sizes
 from mm_core.config.kinds import Kind, detect_kind, without_schema
 from mm_core.config.overrides import is_override
 from mm_core.config.section import check_section
@@ -34,7 +34,7 @@ def check_build(arguments: Sequence[str], findings: Sequence[Finding]) -> BuildR
     sharding = next((document for kind, document in kinds.values() if kind is Kind.FSDP2), None)
     for word, (kind, document) in kinds.items():
         job: Buildable | None = None
-        if kind is Kind.MODEL:
+        if kind in (Kind.MODEL, Kind.TRANSFORMERS):
             job = _training(["--mm-model", word], findings, sharding)
         elif kind in (Kind.COMBINED, Kind.JOB):
             job = _training([word], findings)
@@ -88,6 +88,7 @@ def _training(
         flags.finding("load", "weights", ""),
         tuple(findings),
         ranks if flags.nproc_per_node is not None or ranks > 1 else None,
+        parallel_sizes(flags, fsdp2, draft.documents.get("model")),
     )
 
 

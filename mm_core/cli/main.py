@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "schema": ("mm_core.cli.schema", "the JSON Schema of a file or a component, for editors"),
     "migrate": ("mm_core.cli.migrate", "rewrite a launch script, flags or files as one commented job file"),
+    "plan": (
+        "mm_core.cli.plan",
+        "memory, communication and time of a training job, without its devices, weights and data",
+    ),
     "train": (
         "mm_core.cli.train",
         "train a model from model.json, data.json, tools.json, fsdp2.yaml and flags",

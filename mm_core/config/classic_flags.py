@@ -21,8 +21,9 @@ _METRICS = "metrics.jsonl and TensorBoard's files have the numbers of every step
 _LORA = "LoRA is not available yet, and without it every weight would be trained"
 _LORA_OFF = "LoRA begins with --lora-target-modules, which is not available yet"
 _UNREAD = "MindSpeed-MM does not read it either"
-_SEQUENCE = "only language models cut their sequences at it, and they cannot be trained yet"
-_LM = "it concerns language models, which cannot be trained yet"
+_SEQUENCE = "samples are as long as the dataset makes them; mm plan reads it"
+_LM = "the loss is the mean over every learnt token of the global batch"
+_LENGTHS = "samples are not dealt out by their sizes yet"
 _BALANCE = "samples are dealt in one global order, whatever their size"
 _BATCHING = "only --use-txt-dynamic-batching reads it"
 _DPO = "preference training (DPO) is not available yet"
@@ -129,9 +130,9 @@ class UnavailableFlags(SectionModel):
     calculate_per_token_loss: Annotated[bool, NotYet(False, reason=_LM)] = False
     calculate_square_loss: Annotated[bool, NotYet(False, reason=_LM)] = False
     calculate_token_loss: Annotated[bool, NotYet(False, reason=_LM)] = False
-    use_txt_dynamic_batching: Annotated[bool, NotYet(False, reason=_LM)] = False
+    use_txt_dynamic_batching: Annotated[bool, NotYet(False, reason=_LENGTHS)] = False
     use_data_balance: Annotated[bool, NotYet(False, reason=_BALANCE)] = False
-    use_image_mbs_data_balance: Annotated[bool, NotYet(False, reason=_LM)] = False
+    use_image_mbs_data_balance: Annotated[bool, NotYet(False, reason=_LENGTHS)] = False
     ref_model: Annotated[str | None, NotYet(None, reason=_DPO)] = None
     pref_ftx: Annotated[float | None, NotYet(None, 0.0, reason=_DPO)] = None
 

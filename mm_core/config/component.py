@@ -50,7 +50,8 @@ class ComponentConfig:
     """What a factory needs to build one component.
 
     Attributes:
-        role: `predictor`, `ae`, `text_encoder`, `diffusion`, `i2v_processor`, `dataset`, `task`, `pipeline`.
+        role: `predictor`, `ae`, `text_encoder`, `diffusion`, `i2v_processor`, `dataset`, `task`, `pipeline`,
+            `transformers_model`.
         model_id: as written.
         spec: the entry that it means.
         config: the section, validated by the config class of the entry; None if it registers none.
@@ -76,6 +77,12 @@ class ComponentConfig:
     def id_key(self) -> str:
         """The key whose value is the component's id."""
         return ID_KEYS.get(self.role, "model_id")
+
+    @property
+    def weights_path(self) -> KeyPath:
+        """The place in its file of the folder that `from_pretrained` holds."""
+        key = "init_from_hf_path" if self.role == "transformers_model" else "from_pretrained"
+        return (*self.path, key)
 
     @property
     def label(self) -> str:

@@ -166,10 +166,9 @@ def _training(flags: TrainFlags, manager: PluginManager, *, with_flags: bool) ->
         own = [c for c in job.components.values() if (c.role == "dataset") == (name == "data")]
         overwrites = [o for o in job.overwrites if _words(o.path)[0] in resolved["values"][name]]
         document = job.documents[name]
-        legacy = legacy_paths(CLASSES[kind], own, document)
+        top = type(job.model) if name == "model" else CLASSES[kind]
+        legacy = legacy_paths(top, own, document)
         yield from _explain(name, resolved["values"][name], document, overwrites, legacy)
-    if draft.transformers is not None:
-        yield from _explain("model", draft.transformers, draft.documents["model"], (), {})
     if with_flags:
         for flag, value in {**resolved["values"]["flags"], **resolved["launch"]}.items():
             if flag in _IDLE_FLAGS and flag not in job.flags.model_fields_set:

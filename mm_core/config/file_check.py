@@ -57,7 +57,7 @@ def check_document(
         return check_generation_file(document, manager=manager)
     assembly = Assembly(manager)
     if kind is Kind.TRANSFORMERS:
-        assembly.attempt(lambda: _check_transformers(document, assembly))
+        assembly.attempt(lambda: _check_transformers(document, assembly, load))
         return sort_findings(assembly.findings)
     assembly.findings += check_section(CLASSES[kind], document, label=label).findings
     if kind is Kind.MODEL:
@@ -67,11 +67,12 @@ def check_document(
     return sort_findings(assembly.findings)
 
 
-def _check_transformers(document: Document, assembly: Assembly) -> None:
+def _check_transformers(document: Document, assembly: Assembly, load: str | None) -> None:
     from mm_core.config.transformers_check import check_transformers_model  # few files are of this kind
 
     assembly.select(document)
-    check_transformers_model(document, assembly)
+    draft = check_transformers_model(document, assembly, load=load)
+    assembly.activate(draft.parts, document)
 
 
 def _check_data(document: Document, assembly: Assembly) -> None:

@@ -62,7 +62,8 @@ def facts_of(name: str, field: FieldInfo) -> FlagFacts:
     kind, text = "effective", field.description or ""
     available = ""
     for idle in markers(field, NoEffect):
-        kind, text = "without effect", idle.reason
+        if idle.when is None:
+            kind, text = "without effect", idle.reason
     for later in markers(field, NotYet):
         available = _values(later.values)
         # Some values are honoured: the flag has an effect, and the others have to wait.

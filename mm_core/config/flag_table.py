@@ -1,7 +1,7 @@
 """The flags of `mm train`, one class a group. Names and meanings are Megatron-LM's and MindSpeed-MM's."""
 
 import re
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
@@ -30,10 +30,8 @@ def _machines(value: int | str | None) -> int | str | None:
     raise PydanticCustomError("invalid_value", "{why}", {"why": text})
 
 
-_PARALLEL = "models are sharded by FSDP2 alone"
-_One: TypeAlias = Annotated[
-    int, Field(ge=1), NotYet(1, reason=f"this kind of parallelism is not available yet; {_PARALLEL}")
-]
+_ALONE = ("context_parallel_size", 1)
+_HYBRID = "only hybrid_cp_algo, rings of Ulysses groups, reads it"
 _MEGATRON = "FSDP2 does it its own way"
 _BY_MODULE = "learning rate and weight decay are the same for all modules so far"
 _MUON = "only the Muon optimizer reads it"
@@ -294,26 +292,64 @@ class LaunchFlags(SectionModel):
         _help("communication, such as nccl, hccl or gloo; default: the device's own", min_length=1),
     ] = None
     distributed_timeout_minutes: Annotated[int, _help("minutes until a waiting rank gives up", ge=1)] = 10
-    tensor_model_parallel_size: _One = 1
-    pipeline_model_parallel_size: _One = 1
-    virtual_pipeline_model_parallel_size: _One = 1
-    context_parallel_size: _One = 1
-    expert_model_parallel_size: _One = 1
-    context_parallel_algo: Annotated[
-        Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"] | None,
-        NoEffect("--context-parallel-size is 1"),
-    ] = None
-    ulysses_degree_in_cp: Annotated[int | None, NoEffect("--context-parallel-size is 1")] = None
-    use_cp_send_recv_overlap: Annotated[bool, NoEffect("--context-parallel-size is 1")] = False
-    cp_window_size: Annotated[int | None, NoEffect("--context-parallel-size is 1")] = None
     use_torch_fsdp2: Annotated[bool, NoEffect("FSDP2 is always used", quiet_for=(True,))] = False
-    sequence_parallel: Annotated[bool, NoEffect("--tensor-model-parallel-size is 1")] = False
     use_distributed_optimizer: Annotated[bool, NoEffect(_MEGATRON)] = False
     overlap_grad_reduce: Annotated[bool, NoEffect(_MEGATRON)] = False
     overlap_param_gather: Annotated[bool, NoEffect(_MEGATRON)] = False
     hetero_parallel: Annotated[bool, Only(False, reason="heterogeneous parallelism is not available")] = False
     hetero_encoder_mbs_scale: Annotated[int, Only(1, reason="heterogeneous parallelism is not available")] = 1
     auto_parallel_mm: Annotated[bool, Only(False, reason="automatic parallelism is not available")] = False
+
+
+class ParallelFlags(SectionModel):
+    """Ranks that share one model"""
+
+    tensor_model_parallel_size: Annotated[
+        int,
+        _help(
+            "ranks that share the weights of each layer, for models whose class has a tp_plan", ge=1, le=4096
+        ),
+    ] = 1
+    pipeline_model_parallel_size: Annotated[
+        int,
+        _help("stages that the blocks of the model are dealt to, as pipeline_num_layers says", ge=1, le=4096),
+    ] = 1
+    virtual_pipeline_model_parallel_size: Annotated[
+        int,
+        _help(
+            "parts of each stage that lie apart, the lists of pipeline_num_layers (interleaved)",
+            ge=1,
+            le=4096,
+        ),
+    ] = 1
+    context_parallel_size: Annotated[int, _help("ranks that share each sequence", ge=1, le=4096)] = 1
+    expert_model_parallel_size: Annotated[
+        int,
+        _help(
+            "ranks that share the experts of a layer, as expert_parallel_size in fsdp2.yaml", ge=1, le=4096
+        ),
+    ] = 1
+    context_parallel_algo: Annotated[
+        Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"] | None,
+        NoEffect("--context-parallel-size is 1", when=_ALONE),
+        NotYet(
+            None,
+            "ulysses_cp_algo",
+            "megatron_cp_algo",
+            reason="rings of Ulysses groups are not available yet",
+            unless=_ALONE,
+        ),
+        _help(
+            "ulysses_cp_algo exchanges the sequence against heads, megatron_cp_algo passes keys and values round a ring; "
+            "default: ulysses_cp_algo"
+        ),
+    ] = None
+    ulysses_degree_in_cp: Annotated[int | None, NoEffect(_HYBRID)] = None
+    use_cp_send_recv_overlap: Annotated[bool, NoEffect("a ring decides itself when it sends")] = False
+    cp_window_size: Annotated[int | None, NoEffect("keys and values go round one ring of all ranks")] = None
+    sequence_parallel: Annotated[
+        bool, NoEffect("between the layers that tensor parallelism cuts, activations are whole")
+    ] = False
 
 
 class LogFlags(SectionModel):
@@ -342,6 +378,7 @@ GROUPS: tuple[type[SectionModel], ...] = (
     PrecisionFlags,
     RecomputeFlags,
     LaunchFlags,
+    ParallelFlags,
     LogFlags,
     AcceptedFlags,
     UnavailableFlags,

@@ -14,6 +14,7 @@ from mm_core.config.findings import ConfigError, Finding, clip, closest
 from mm_core.config.flag_help import flag_name, metavar
 from mm_core.config.origin import DEFAULT, Origin
 from mm_core.config.overrides import FLAG_OF, Override
+from mm_core.config.parallel import MODEL_PARALLEL, check_sizes
 
 
 class TrainFlags(
@@ -25,6 +26,7 @@ class TrainFlags(
     table.PrecisionFlags,
     table.RecomputeFlags,
     table.LaunchFlags,
+    table.ParallelFlags,
     table.LogFlags,
     table.AcceptedFlags,
     table.UnavailableFlags,
@@ -117,9 +119,15 @@ class TrainFlags(
             "global_batch_size",
             "out-of-range",
             f"{self.global_batch_size} is no multiple of --micro-batch-size {self.micro_batch_size} × "
-            f"{dp_size} ranks = {each}",
+            f"{dp_size} {self._dealt_to} = {each}",
             f"Use {near}",
         )
+
+    @property
+    def _dealt_to(self) -> str:
+        """What samples are dealt to."""
+        several = any(getattr(self, name) > 1 for name in MODEL_PARALLEL)
+        return "data-parallel groups of ranks" if several else "ranks"
 
     def with_global_batch(self, dp_size: int) -> TrainFlags:
         """Return the flags with the default global batch filled in: one forward pass of each rank."""
@@ -205,7 +213,7 @@ def check_together(flags: TrainFlags) -> list[Finding]:
         findings.append(
             flags.finding("finetune", "missing-flag", "needs --load: there are no weights to start from")
         )
-    return [*findings, *check_machines(flags)]
+    return [*findings, *check_sizes(flags), *check_machines(flags)]
 
 
 def check_machines(flags: TrainFlags) -> list[Finding]:

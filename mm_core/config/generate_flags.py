@@ -45,6 +45,17 @@ _MARKS: dict[str, Any] = {
     "lock_file": Only(None, reason=_LOCK),
     "nproc_per_node": Only(None, 1, reason=_ONE_PROCESS),
     "nnodes": Only(None, 1, reason=_ONE_PROCESS),
+    **dict.fromkeys(
+        (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+        ),
+        Only(1, reason=_ONE_PROCESS),
+    ),
+    "context_parallel_algo": NoEffect(_ONE_PROCESS),
     "node_rank": NoEffect(_ONE_PROCESS),
     "master_addr": NoEffect(_ONE_PROCESS),
     "master_port": NoEffect(_ONE_PROCESS),

@@ -33,12 +33,14 @@ from mm_core.config.machine import check_surroundings
 from mm_core.config.model import COMPONENT_SECTIONS, ModelConfig
 from mm_core.config.origin import KeyPath
 from mm_core.config.overrides import FLAG_OF, SECTIONS
+from mm_core.config.parallel import EXPERTS_KEY, ParallelSizes, with_expert_flag
 from mm_core.config.parts import Part, find_callbacks, find_part, find_parts
 from mm_core.config.recompute import KEYS as RECOMPUTE_KEYS
 from mm_core.config.recompute import with_recompute_flags
 from mm_core.config.resolved import component_values, legacy_paths, origins_of, place, plain
 from mm_core.config.section import check_section
 from mm_core.config.tools import ToolsConfig
+from mm_core.config.transformers_model import TransformersModelConfig
 from mm_registry import PluginManager, default_manager
 
 if TYPE_CHECKING:
@@ -57,8 +59,8 @@ class TrainingJob:
     Attributes:
         model, data, tools, fsdp2: the files, validated; sections as hooks left them.
         flags: with the default global batch filled in.
-        components: `diffusion`, `predictor`, `ae`, `text_encoder` (or `text_encoder.0`, …), `dataset`,
-            `task`.
+        components: `diffusion`, `predictor`, `ae`, `text_encoder` (or `text_encoder.0`, …), or `model` of the
+            transformers library; `dataset`, `task`.
         callbacks: the entries that `callbacks` of the model file names, in its order.
         findings: notes and warnings.
         plugins: (distribution, version) of everything in use.
@@ -67,7 +69,7 @@ class TrainingJob:
         documents: the files as read and patched: `model`, `data`, `tools`, `fsdp2`.
     """
 
-    model: ModelConfig
+    model: ModelConfig | TransformersModelConfig
     data: DataConfig
     tools: ToolsConfig
     fsdp2: Fsdp2Config
@@ -80,6 +82,11 @@ class TrainingJob:
     overwrites: tuple[Overwrite, ...]
     documents: Mapping[str, Document] = field(repr=False)
 
+    @property
+    def parallel(self) -> ParallelSizes:
+        """How many ranks share one model."""
+        return parallel_sizes(self.flags, self.fsdp2, self.documents.get("model"))
+
     def resolved(self) -> dict[str, Any]:
         """Return the whole configuration, JSON-able.
 
@@ -91,6 +98,8 @@ class TrainingJob:
         for component in self.components.values():
             if component.role == "dataset":
                 place(data, component.path, component_values(component, "dataset_type"))
+            elif component.role == "transformers_model":
+                model |= plain(component.fields)
             elif component.role != "task":
                 place(model, component.path, component_values(component))
         flags = plain(self.flags)
@@ -121,13 +130,12 @@ class TrainingDraft:
 
     flags: TrainFlags
     documents: dict[str, Document]
-    model: ModelConfig | None = None
+    model: ModelConfig | TransformersModelConfig | None = None
     data: DataConfig | None = None
     tools: ToolsConfig | None = None
     fsdp2: Fsdp2Config | None = None
     components: dict[str, ComponentConfig] = field(default_factory=dict)
     callbacks: tuple[EntrySpec, ...] = ()
-    transformers: dict[str, Any] | None = None  # every value of a transformers model's section
 
 
 def load_training_job(flags: TrainFlags, *, manager: PluginManager | None = None) -> TrainingJob:
@@ -177,6 +185,13 @@ def check_command_line(argv: Sequence[str], *, manager: PluginManager | None = N
     return sort_findings([*findings, *found], file_order(flags)) if has_errors(findings) else found
 
 
+def parallel_sizes(flags: TrainFlags, fsdp2: Fsdp2Config | None, model: Document | None) -> ParallelSizes:
+    """Return how many ranks share one model, as the flags and the files of a checked job say."""
+    path: KeyPath = ("predictor", "pipeline_num_layers")
+    layers = model.value(path) if model is not None and model.has(path) else None
+    return ParallelSizes.of(flags, fsdp2, layers)
+
+
 def file_order(flags: TrainFlags) -> tuple[str | None, ...]:
     """Return the order in which findings are told: flags, then the files."""
     return (None, flags.job_file, *(flags.source(name) for name in SECTIONS))
@@ -190,7 +205,10 @@ def draft_training_job(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -
     """
     assembly.findings += [*flags.findings, *check_surroundings(flags, to_run=to_run)]
     ranks = world_size(flags)
-    draft = TrainingDraft(flags.with_global_batch(ranks), {})
+    sizes = ParallelSizes.of(flags)
+    # What the ranks cannot be dealt to is said by `check_ranks`, which needs no global batch then.
+    data_parallel = ranks // sizes.together if ranks % sizes.together == 0 else 1
+    draft = TrainingDraft(flags.with_global_batch(data_parallel), {})
     if to_run:
         assembly.findings += required_flags(flags)
     # Every file is read before anything is checked: a syntax error in one must not hide those of the others.
@@ -198,27 +216,40 @@ def draft_training_job(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -
     data = _read(draft, assembly, "data", Kind.DATA, required=to_run)
     tools = _read(draft, assembly, "tools", Kind.TOOLS)
     fsdp2 = _read(draft, assembly, "fsdp2", Kind.FSDP2)
+    written = fsdp2
+    if fsdp2 is not None:
+        fsdp2, found = with_expert_flag(fsdp2, flags)
+        draft.documents["fsdp2"] = fsdp2
+        assembly.findings += found
     assembly.select(model)
+    networks: list[Part] = []
     if model is not None and detect_kind(model) is Kind.TRANSFORMERS:
         from mm_core.config.transformers_check import check_transformers_model  # few jobs are of this kind
 
-        draft.transformers = check_transformers_model(model, assembly, "error")
-        model = None  # no task makes a job of it yet
+        found_model = check_transformers_model(
+            model, assembly, "error", load=flags.load, weights="error" if to_run else "note"
+        )
+        draft.model, draft.components = found_model.section, found_model.components
+        draft.callbacks, networks = found_model.callbacks, found_model.parts
+        model = None  # the rest is about the parts of a diffusion model
     parts, data_parts = _find(assembly, model, data)
     parts = assembly.resolve_all(parts, model) if model else []
     data_parts = assembly.resolve_all(data_parts, data) if data else []
     callbacks = assembly.resolve_all(find_callbacks(model), model) if model else []
-    draft.callbacks = tuple(part.spec for part in callbacks if part.spec is not None)
-
-    draft.model = _check(assembly, ModelConfig, model, draft, "model")
+    if model is not None:
+        draft.callbacks = tuple(part.spec for part in callbacks if part.spec is not None)
+        draft.model = _check(assembly, ModelConfig, model, draft, "model")
     draft.data = _check(assembly, DataConfig, data, draft, "data")
     draft.tools = _check(assembly, ToolsConfig, tools, draft, "tools")
     draft.fsdp2 = _check(assembly, Fsdp2Config, fsdp2, draft, "fsdp2")
-    assembly.activate([*parts, *data_parts, *callbacks], model or _EMPTY)
+    if draft.fsdp2 is not None and fsdp2 is not written:
+        size = draft.fsdp2.expert_parallel_size
+        draft.fsdp2 = draft.fsdp2.filled({EXPERTS_KEY: size}, flags.spelling("expert_model_parallel_size"))
+    assembly.activate([*networks, *parts, *data_parts, *callbacks], draft.documents.get("model") or _EMPTY)
     if model is not None:
         model, components = assembly.build([part for part in parts if part.role != "task"], model)
         draft.documents["model"], draft.components = model, components
-        if draft.model is not None:
+        if isinstance(draft.model, ModelConfig):
             draft.model = draft.model.model_copy(
                 update={name: model.data[name] for name in COMPONENT_SECTIONS if name in model.data}
             )

@@ -1,7 +1,8 @@
 """`model.json` of a model of the transformers library, such as a vision-language model."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +20,7 @@ class LossConfig(SectionModel):
 
     compute_mode: Annotated[
         Literal["default", "chunk", "dynamic_chunk"],
+        NotYet("default", reason="the logits of all tokens are computed at once"),
         Field(
             description="Logits of all tokens at once, of `chunk_size` tokens of each sample at a time, or of "
             "`chunk_size` tokens of the whole batch at a time: the same loss in less memory."
@@ -31,6 +33,7 @@ class LossConfig(SectionModel):
     ] = None
     loss_type: Annotated[
         Literal["default", "per_sample_loss", "per_token_loss", "token_loss", "square_loss"],
+        NotYet("default", reason="every token of the global batch has the same weight"),
         Field(description="How the losses of tokens are weighted before they are added up."),
     ] = "default"
     router_aux_loss_coef: Annotated[
@@ -45,15 +48,28 @@ class TransformersModelConfig(SectionModel):
     is described by `config.json` of `init_from_hf_path`.
     """
 
-    model_id: Annotated[str, Field(min_length=1, description="Id of the model; `mm list` shows all.")]
+    model_id: Annotated[
+        str | None,
+        Field(
+            min_length=1,
+            description="Id of the model, `mm list` shows all; default: what `architectures` or `model_type` of "
+            "config.json names.",
+        ),
+    ] = None
     init_from_hf_path: Annotated[
         str, Field(min_length=1, description="Folder in Hugging Face layout: config.json and weights.")
     ]
+    init: Annotated[
+        Literal["pretrained", "random"],
+        Field(
+            description="`random` is needed to start from random weights; of the folder only config.json is read then."
+        ),
+    ] = "pretrained"
     loss_cfg: Annotated[LossConfig, Field(description="The loss over the tokens of a text.")] = Field(
         default_factory=LossConfig
     )
     task_id: Annotated[
-        str | None, Field(min_length=1, description="Id of the task; null: language modelling.")
+        str | None, Field(min_length=1, description="Id of the task; null: `language`, language modelling.")
     ] = None
     callbacks: Annotated[
         list[Annotated[str, Field(min_length=1)]],
@@ -86,13 +102,61 @@ class TransformersModelConfig(SectionModel):
     ] = None
 
 
+#: Task of a transformers model whose file names none.
+DEFAULT_TASK = "language"
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleImage:
+    """One image as a network reads it.
+
+    Attributes:
+        grid: frames, rows and columns of patches, before any are merged.
+        values: numbers of a patch.
+        tokens: places in the sequence that the image takes.
+        token_id: what stands there.
+    """
+
+    grid: tuple[int, int, int]
+    values: int
+    tokens: int
+    token_id: int
+
+    @property
+    def patches(self) -> int:
+        frames, rows, columns = self.grid
+        return frames * rows * columns
+
+
 class TransformersFamilyConfig(SectionModel):
     """Base class of the config class of a family, for the keys that `TransformersModelConfig` does not have.
 
-    A family whose files repeat numbers of the folder's config.json names them, so that a difference is told.
+    A family whose files repeat numbers of the folder's config.json names them, so that a difference is told. It also says
+    what its keys ask of the network, as data: which parts are frozen, and which attention they use.
     """
 
     #: `model_type` in the folder's config.json; empty if it is not to be compared.
     hf_model_type: ClassVar[str] = ""
     #: Key of the file -> the same number's key in config.json.
     hf_config_keys: ClassVar[Mapping[KeyPath, KeyPath]] = {}
+
+    def frozen_modules(self) -> tuple[str, ...]:
+        """Return the paths of the network's modules whose weights stay as they are; a module inside them too."""
+        return ()
+
+    def attention_implementations(self) -> Mapping[str, str]:
+        """Return the part of config.json (`text_config`; the empty text is the rest) -> transformers' name of the
+        attention that the file asks for. Parts that are left out use `sdpa`.
+        """
+        return {}
+
+    def example_image(self, config: Mapping[str, Any], area: int, room: int) -> ExampleImage | None:
+        """Return the sizes of one image as the network reads it; None if it takes none, or the sequence has no room for
+        the smallest.
+
+        Args:
+            config: the folder's config.json.
+            area: of the image, at most, in pixels.
+            room: tokens that the image may take.
+        """
+        return None

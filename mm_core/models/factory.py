@@ -13,6 +13,7 @@ from torch import nn
 
 from mm_core.accelerator import Accelerator, parse_dtype
 from mm_core.models.sora import EXPERTS, SoRAModel
+from mm_core.models.transformers_model import NETWORK, TransformersModel, build_network
 from mm_core.random import keyed_seed
 from mm_core.sharding.policy import ShardingPolicy, policy_problem
 from mm_registry.errors import UserError
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TRAINED = (*EXPERTS, NETWORK)
+"""Names of the components that may be trained."""
 _FROZEN = ("ae", "text_encoder")
 _ENCODER_SEED = 0
 """Random encoders do not depend on the run's seed: training and generation with different seeds must meet
@@ -39,17 +42,18 @@ def build_component(
     device: torch.device | str = "cpu",
     *,
     hooks: pluggy.PluginManager | None = None,
+    attention: str | None = None,
 ) -> Any:
     """Build one component from its section.
 
     Autoencoders and text encoders come out on `device`, in their dtype (fp32 if none is said), frozen, in
-    eval mode and with their
-    weights: from `from_pretrained`, or random ones that are the same in every process with `init: random`. A
-    predictor comes out on `device` without meaningful weights if that is `meta`. A diffusion is a plain
-    object.
+    eval mode and with their weights: from `from_pretrained`, or random ones that are the same in every process
+    with `init: random`. A predictor or a network of transformers comes out on `device` without meaningful
+    weights if that is `meta`. A diffusion is a plain object.
 
     Args:
         hooks: activated plugins; their `post_build` sees each module.
+        attention: transformers' name of the attention, for its networks, whatever their sections say.
 
     Raises:
         UserError: weights are missing or do not fit, the dtype has no kernels on the device, or the class
@@ -59,12 +63,41 @@ def build_component(
     cls: Any = default_manager().load(component.spec)
     if component.role in _FROZEN:
         built = _build_encoder(cls, component, torch.device(device))
+    elif component.role == "transformers_model":
+        built = build_network(cls, component, device, attention=attention)
     else:
         with torch.device(device):
             built = _construct(cls, component)
     if hooks is not None and isinstance(built, nn.Module):
         run_post_build(hooks, component.role, component.spec.id, built)
     return built
+
+
+def build_model(
+    components: Mapping[str, ComponentConfig],
+    *,
+    device: torch.device | str,
+    hooks: pluggy.PluginManager | None = None,
+    attention: str | None = None,
+) -> SoRAModel | TransformersModel:
+    """Compose the model that a training job's sections describe, what is trained on the meta device.
+
+    Args:
+        components: with `model`, a network of transformers; else the parts of a diffusion model.
+        device: of frozen encoders.
+        attention: see `build_component`.
+
+    Raises:
+        UserError, BrokenPluginError: see `build_component`.
+    """
+    if NETWORK not in components:
+        return build_sora_model(components, device=device, hooks=hooks)
+    component = components[NETWORK]
+    return TransformersModel(
+        build_component(component, "meta", hooks=hooks, attention=attention),
+        sharding_policy=sharding_policy(component),
+        router_aux_loss_coef=component.fields.get("loss_cfg", {}).get("router_aux_loss_coef", 0.0),
+    )
 
 
 def build_sora_model(

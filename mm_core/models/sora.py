@@ -74,6 +74,11 @@ class SoRAModel(nn.Module, FSDP2Mixin):
             encoder.eval()
         return self
 
+    @property
+    def trained(self) -> dict[str, nn.Module]:
+        """Name of what is trained -> module: one expert a run."""
+        return {EXPERTS[0]: self.predictor}
+
     def sharding_roots(self) -> dict[str, ShardingPolicy]:
         """Each trained predictor by itself: a child of a sharded root cannot be called."""
         return {

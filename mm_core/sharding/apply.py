@@ -21,14 +21,19 @@ from torch.utils._pytree import tree_map_only
 
 from mm_core.accelerator import Accelerator
 from mm_core.sharding.activations import wrap_activations
+from mm_core.sharding.context import share_attention, share_sequences
 from mm_core.sharding.experts import distribute_experts, expert_settings
 from mm_core.sharding.ignored import compute_in_own_dtype
+from mm_core.sharding.mesh import ParallelMesh
 from mm_core.sharding.participation import every_rank_takes_part
 from mm_core.sharding.plan import ALIGNED, ShardingError, ShardingPlan, Unit, bare_name
 from mm_core.sharding.prefetch import set_prefetch
+from mm_core.sharding.tensor import apply_tensor_parallel
 
 
-def apply_plan(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> None:
+def apply_plan(
+    root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh, parallel: ParallelMesh | None = None
+) -> None:
     """Carry out a plan, in place. The module may be on the meta device; `materialize` fills it afterwards.
 
     Units are wrapped around recomputed modules: a block is gathered once for its recomputation and its
@@ -38,6 +43,7 @@ def apply_plan(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> None:
     Args:
         root: the module that the plan was built from, untouched since.
         mesh: 1-D (`dp_shard`) or 2-D (`dp_replicate`, `dp_shard`).
+        parallel: the mesh of which it is a part, if the model is shared in other ways too.
 
     Raises:
         ShardingError: the experts cannot be distributed over these ranks, or a parameter has no dimension to cut.
@@ -46,11 +52,7 @@ def apply_plan(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> None:
     # model's gradients are tested against the unsharded model; the line would greet every user of a final
     # Linear.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    modules = dict(root.named_modules())  # names are resolved once, before any module is wrapped
-    expert_mesh = distribute_experts(root, plan, mesh)
-    wrap_activations(modules, plan)
-    compute_in_own_dtype(modules, plan)
-    _cast_inputs(root, plan)
+    modules, expert_mesh = prepare_modules(root, plan, mesh, parallel)
     if not needs_sharding(root, plan, mesh):
         return
     settings = fsdp_settings(root, plan, mesh)
@@ -69,6 +71,28 @@ def apply_plan(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) -> None:
     root._mm_offload_to_cpu = plan.offload_to_cpu  # where materialize() puts the parameters
     set_prefetch(unit_modules(root, modules, plan), plan)
     every_rank_takes_part(root, plan)
+
+
+def prepare_modules(
+    root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh, parallel: ParallelMesh | None = None
+) -> tuple[dict[str, nn.Module], DeviceMesh | None]:
+    """The part of `apply_plan` that comes before FSDP2: what a rank computes, and what it keeps for backward.
+
+    Returns:
+        The modules by their bare paths, wrapped ones in their wrappers; and the mesh of experts that are dealt out.
+    """
+    modules = dict(root.named_modules())  # names are resolved once, before any module is wrapped
+    if parallel is not None and parallel.tp is not None:
+        apply_tensor_parallel(root, plan, parallel.tp)
+    expert_mesh = distribute_experts(root, plan, mesh)
+    context = share_attention(root, modules, plan, parallel)
+    bare = dict(modules)
+    wrap_activations(modules, plan)
+    if context is not None:
+        share_sequences(modules, bare, context)
+    compute_in_own_dtype(modules, plan)
+    _cast_inputs(root, plan)
+    return modules, expert_mesh
 
 
 def unit_modules(root: nn.Module, modules: dict[str, nn.Module], plan: ShardingPlan) -> dict[str, nn.Module]:

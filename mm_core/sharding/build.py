@@ -84,6 +84,7 @@ def build_plan(
     known, gathered = find.of_policy("units"), find.of_policy("keep_gathered")
     values, sources = _settings(policy, fsdp2)
     aligned = find.of_policy("aligned") if values.pop("align_fsdp_param_groups") else ()
+    context = find.context()
     problems.raise_any()
 
     units = chosen["sub_modules_to_wrap"]
@@ -107,6 +108,8 @@ def build_plan(
         aligned=aligned,
         ignored=chosen["ignored_modules"].paths,
         fp32_inputs=policy.fp32_inputs,
+        context=context,
+        pipeline=policy.pipeline,
         sources=sources,
         expert_parallel_size=experts_over,
         **values,
@@ -183,7 +186,7 @@ def blocks_by_structure(root: nn.Module) -> list[str]:
         if not isinstance(module, nn.ModuleList) or any(path and is_inside(path, block) for block in found):
             continue
         if len(module) >= 2 and len({type(child) for child in module}) == 1:
-            blocks = {f"{path}.{i}" if path else str(i): child for i, child in enumerate(module)}
+            blocks = {f"{path}.{name}" if path else name: child for name, child in module.named_children()}
             found += [
                 name
                 for name, child in blocks.items()

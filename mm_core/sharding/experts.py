@@ -18,7 +18,16 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from mm_core.sharding.collectives import summed, with_summed_gradient
 from mm_core.sharding.expert_form import argument_order, check_form, exchanges_itself
+from mm_core.sharding.grouped import (
+    evenly,
+    grouped_experts,
+    is_grouped_form,
+    is_load_even,
+    tokens_of_experts,
+)
+from mm_core.sharding.local_copy import own_part, with_parameters
 from mm_core.sharding.mesh import EP, EP_REPLICATE, EP_SHARD, build_expert_mesh
 from mm_core.sharding.plan import ShardingPlan
 
@@ -48,7 +57,7 @@ def distribute_experts(root: nn.Module, plan: ShardingPlan, mesh: DeviceMesh) ->
         # The exchange is checked before anything is changed.
         forward = _exchange(module, plan.full_path(path), experts, expert_mesh)
         _keep_own(module, expert_mesh[EP])
-        module.forward = forward
+        _replace_forward(module, forward)
     return expert_mesh
 
 
@@ -97,6 +106,49 @@ def _keep_own(module: nn.Module, mesh: DeviceMesh) -> None:
         setattr(module, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 
+def split_experts(module: nn.Module, shown: str, mesh: DeviceMesh) -> None:
+    """Leave each rank its own experts, in place, where all ranks have the same tokens (tensor parallelism): each computes
+    its experts' part of every token, and the parts are summed.
+
+    Args:
+        shown: the module's path, for messages.
+        mesh: 1-D, of these ranks.
+
+    Raises:
+        ShardingError: the module is none whose experts can be dealt out.
+    """
+    check_form(module, shown)
+    index, weights = argument_order(module, shown)
+    (experts,) = {p.shape[0] for p in module.parameters()}
+    own = experts // mesh.size()
+    first = mesh.get_local_rank() * own
+    signature = inspect.signature(module.forward)
+    compute = _computing(module, index, weights, experts, own, ranks=1)
+    _keep_own(module, mesh)
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        bound = list(signature.bind(*args, **kwargs).arguments.values())
+        hidden = with_summed_gradient(bound[0], mesh)
+        shares = with_summed_gradient(bound[weights], mesh)
+        tokens, top_k = bound[index].shape
+        expert = bound[index].reshape(-1) - first
+        if is_load_even():
+            here = torch.arange(len(expert) // mesh.size(), device=expert.device)
+        else:
+            here = ((expert >= 0) & (expert < own)).nonzero().squeeze(1)  # the host waits for the device
+        rows = _computed(compute, hidden[here // top_k], expert[here])
+        parts = rows.new_zeros(tokens * top_k, rows.shape[-1]).index_copy(0, here, rows)
+        parts = parts.view(tokens, top_k, -1) * shares.unsqueeze(-1)
+        return summed(parts.sum(1), mesh).to(hidden.dtype)
+
+    _replace_forward(module, forward)
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    forward.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]  # of who asks what it takes
+    module.forward = forward
+
+
 def _exchange(module: nn.Module, shown: str, experts: int, mesh: DeviceMesh) -> Callable[..., torch.Tensor]:
     """The forward of a module of experts that are dealt out."""
     cls = type(module)
@@ -106,7 +158,7 @@ def _exchange(module: nn.Module, shown: str, experts: int, mesh: DeviceMesh) -> 
         static = isinstance(inspect.getattr_static(cls, "ep_forward"), staticmethod)
 
         def own_exchange(*args: Any, **kwargs: Any) -> Any:
-            local = _with_local_parameters(module, cls, {})
+            local: Any = with_parameters(module, cls, lambda p: _own(p, mesh.size(-1)))
             return (
                 local.ep_forward(group, local, *args, **kwargs)
                 if static
@@ -115,20 +167,7 @@ def _exchange(module: nn.Module, shown: str, experts: int, mesh: DeviceMesh) -> 
 
         return own_exchange
     index, weights = argument_order(module, shown)
-    local_experts = experts // mesh.size(-1)
-    # Modules know the number of their experts (num_experts, n_routed_experts, …) and size their tables by it.
-    counts = {
-        name: local_experts
-        for name, value in vars(module).items()
-        if type(value) is int and value == experts and "expert" in name
-    }
-
-    def compute(rows: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-        local = _with_local_parameters(module, cls, counts)
-        arguments: list[torch.Tensor] = [rows, rows, rows]
-        arguments[index], arguments[weights] = expert.unsqueeze(-1), rows.new_ones(len(rows), 1)
-        output: torch.Tensor = local.forward(*arguments)
-        return output
+    compute = _computing(module, index, weights, experts, experts // mesh.size(-1), ranks=mesh.size(-1))
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
         bound = list(signature.bind(*args, **kwargs).arguments.values())
@@ -136,6 +175,35 @@ def _exchange(module: nn.Module, shown: str, experts: int, mesh: DeviceMesh) -> 
 
     signature = inspect.signature(module.forward)
     return forward
+
+
+def _computing(
+    module: nn.Module, index: int, weights: int, experts: int, own: int, ranks: int
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A function of rows `[R, H]` and the own expert of each `[R]`, which runs them through this rank's experts.
+
+    Args:
+        index, weights: places of the module's arguments.
+        ranks: whose tokens these experts see, beside this rank's.
+    """
+    cls, grouped = type(module), is_grouped_form(module)
+    # Modules know the number of their experts (num_experts, n_routed_experts, …) and size their tables by it.
+    counts = {
+        name: own
+        for name, value in vars(module).items()
+        if type(value) is int and value == experts and "expert" in name
+    }
+
+    def compute(rows: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
+        local: Any = with_parameters(module, cls, lambda p: _own(p, ranks), counts)
+        if grouped:
+            return grouped_experts(local, rows, expert, own)
+        arguments: list[torch.Tensor] = [rows, rows, rows]
+        arguments[index], arguments[weights] = expert.unsqueeze(-1), rows.new_ones(len(rows), 1)
+        output: torch.Tensor = local.forward(*arguments)
+        return output
+
+    return compute
 
 
 def exchange_tokens(
@@ -146,7 +214,7 @@ def exchange_tokens(
     experts: int,
     group: dist.ProcessGroup,
 ) -> torch.Tensor:
-    """Send each token to the ranks of its experts, compute there, and add up what comes back.
+    """Send each token to the ranks of its experts, compute there, and add up what comes back. No token is dropped.
 
     All ranks of the group call this, with any number of tokens; the backward pass sends gradients the same ways.
 
@@ -165,20 +233,18 @@ def exchange_tokens(
     own = experts // ranks
     flat = index.reshape(-1)
     order = torch.argsort(flat, stable=True)
-    sent = torch.bincount(flat, minlength=experts)  # [experts]
+    sent = tokens_of_experts(flat, experts)  # [experts]
     received = torch.empty_like(sent)  # [ranks * own]: what each rank has for each of my experts
     dist.all_to_all_single(received, sent, group=group)
     splits = torch.stack([sent.view(ranks, own).sum(1), received.view(ranks, own).sum(1)])
-    to_send, to_receive = splits.tolist()  # the one time that the host waits for the device
-    rows = all_to_all_single_autograd(hidden[order // top_k], to_receive, to_send, group)
-    expert = torch.arange(own, device=flat.device).repeat(ranks).repeat_interleave(received)
-    if not len(rows):
-        # Nothing came. The experts run all the same, on a row of zeros that goes nowhere: their gradients are
-        # then zero, not absent, and the backward pass has the collectives that the other ranks wait for.
-        padded = torch.cat([rows, rows.new_zeros(1, hidden.shape[-1])])
-        results = compute(padded, expert.new_zeros(1))[:0]
+    if is_load_even():
+        to_send = to_receive = evenly(len(flat), ranks)
     else:
-        results = compute(rows, expert)
+        to_send, to_receive = splits.tolist()  # the one time that the host waits for the device
+    rows = all_to_all_single_autograd(hidden[order // top_k], to_receive, to_send, group)
+    expert = torch.arange(own, device=flat.device).repeat(ranks)
+    expert = expert.repeat_interleave(received, output_size=sum(to_receive))
+    results = _computed(compute, rows, expert)
     results = all_to_all_single_autograd(results.contiguous(), to_send, to_receive, group)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
@@ -186,24 +252,26 @@ def exchange_tokens(
     return (parts * weights.unsqueeze(-1)).sum(1).to(hidden.dtype)
 
 
-def _with_local_parameters(module: nn.Module, cls: type[nn.Module], changes: dict[str, int]) -> nn.Module:
-    """A shallow copy of a module, of the class that it had before FSDP2, whose parameters are this rank's own
-    experts as plain tensors, and without hooks.
+def _computed(
+    compute: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], rows: torch.Tensor, expert: torch.Tensor
+) -> torch.Tensor:
+    if len(rows):
+        return compute(rows, expert)
+    # Nothing came. The experts run all the same, on a row of zeros that goes nowhere: their gradients are
+    # then zero, not absent, and the backward pass has the collectives that the other ranks wait for.
+    padded = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
+    return compute(padded, expert.new_zeros(1))[:0]
+
+
+def _own(parameter: nn.Parameter, ranks: int) -> torch.Tensor:
+    """This rank's experts as a plain tensor.
+
+    Args:
+        ranks: whose tokens they see, all together. FSDP2 takes the mean over the ranks that hold the same experts; what is
+            wanted is the mean over all. (`set_gradient_divide_factor` is no help everywhere: torch 2.13 divides twice
+            where a sum is forced and one rank holds the experts.)
     """
-    copy: nn.Module = object.__new__(cls)
-    copy.__dict__ = {name: value for name, value in module.__dict__.items() if name != "forward"} | changes
-    copy._parameters = {name: _local(p) for name, p in module._parameters.items()}
-    return copy
-
-
-def _local(parameter: nn.Parameter | None) -> torch.Tensor | None:
-    if not isinstance(parameter, DTensor):
-        return parameter
-    local = parameter.to_local()
-    if local.requires_grad:
-        # A rank's experts see the tokens of all ranks that share the others. FSDP2 takes the mean over the ranks
-        # that hold the same experts; what is wanted is the mean over all. (`set_gradient_divide_factor` is no help
-        # everywhere: torch 2.13 divides twice where a sum is forced and one rank holds the experts.)
-        ranks = parameter.device_mesh.size()
+    local = own_part(parameter)
+    if isinstance(parameter, DTensor) and local.requires_grad and ranks > 1:
         local.register_hook(lambda gradient: gradient / ranks)
     return local

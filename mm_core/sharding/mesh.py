@@ -1,7 +1,8 @@
-"""The device meshes that parameters are sharded over."""
+"""The device meshes that parameters are sharded over, and on which ranks share one model."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,14 +10,143 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mm_core.accelerator import Accelerator
+from mm_core.config.parallel import ParallelSizes
 from mm_core.sharding.fitness import reshard_problem
 from mm_core.sharding.plan import ShardingError
 
 if TYPE_CHECKING:
     from mm_core.config.fsdp2 import Fsdp2Config
 
+PP, CP, TP = "pp", "cp", "tp"
 SHARD, REPLICATE = "dp_shard", "dp_replicate"
+SHARD_CP = "dp_shard_cp"
 EP, EP_SHARD, EP_REPLICATE = "ep", "ep_shard", "ep_replicate"
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """All ranks of a job as one mesh, and the parts of it that each kind of parallelism works on.
+
+    Args:
+        sizes: how many ranks share one model, and in which way.
+        root: dimensions `(pp, dp_replicate, dp_shard, cp, tp)`, without those of size 1; `dp_shard` is always there. Ranks
+            count as in Megatron: tensor fastest, then context, data, pipeline.
+        fsdp: what FSDP2 shards over: `[dp_shard]`, `[dp_replicate, dp_shard]`, or with context parallelism
+            `[dp_shard_cp]`, `[dp_replicate, dp_shard_cp]`: ranks that share a sequence hold shards of the same parameters.
+        pp, cp, tp: 1-D; None where the size is 1. DTensors of `tp` go with those of `fsdp`.
+        dp_rank, dp_size: which of how many equal parts of each batch this rank works on. Ranks that differ in pp, cp or
+            tp alone have the same.
+        pp_rank: this rank's pipeline stage.
+    """
+
+    sizes: ParallelSizes
+    root: DeviceMesh
+    fsdp: DeviceMesh
+    pp: DeviceMesh | None
+    cp: DeviceMesh | None
+    tp: DeviceMesh | None
+    dp_rank: int
+    dp_size: int
+    pp_rank: int = 0
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the beginning of the model."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the end of the model, and so has losses."""
+        return self.pp_rank == self.sizes.pp - 1
+
+    @property
+    def pp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold the other stages of the same model; None without pipeline parallelism."""
+        return None if self.pp is None else self.pp.get_group()
+
+    @property
+    def told_stage(self) -> int | None:
+        """The stage that this rank speaks of, as the first of its ranks; None for the others, and without stages."""
+        if self.pp is None:
+            return None
+        place = self.root.get_coordinate()
+        assert place is not None, "every rank is part of the mesh"
+        return None if any(place[1:]) else self.pp_rank
+
+    @property
+    def stage_groups(self) -> tuple[dist.ProcessGroup, ...]:
+        """Groups over which, one after the other, a sum becomes that of all ranks of this stage."""
+        groups = [self.fsdp.get_group(i) for i in range(self.fsdp.ndim) if self.fsdp.size(i) > 1]
+        if self.tp is not None:
+            groups.append(self.tp.get_group())
+        return tuple(groups)
+
+
+def build_parallel_mesh(
+    fsdp2: Fsdp2Config, sizes: ParallelSizes | None = None, process_group: dist.ProcessGroup | None = None
+) -> ParallelMesh:
+    """The mesh of a job. Every rank of the job calls this, or of the process group if one is given.
+
+    Args:
+        sizes: by default nothing but data parallelism; then the mesh is that of `build_device_mesh`.
+        process_group: ranks that share the data-parallel work; all ranks by default.
+
+    Raises:
+        ShardingError: sizes do not divide the number of ranks or `sharding_size`, or a group is given with more than
+            data parallelism.
+    """
+    sizes = sizes or ParallelSizes()
+    if sizes.together == 1:
+        mesh = build_device_mesh(fsdp2, process_group)
+        place = mesh.mesh.flatten().tolist().index(dist.get_rank())
+        return ParallelMesh(sizes, mesh, mesh, None, None, None, place, mesh.size())
+    if process_group is not None:
+        raise ShardingError(
+            f"process_group: {sizes} is parallelism over all ranks of the job; leave the group out, or leave pipeline, "
+            "context and tensor parallelism to whoever made it."
+        )
+    world = dist.get_world_size()
+    place = sizes.place(dist.get_rank(), world)
+    shards = context_shard_size(fsdp2, sizes, world)
+    replicas = sizes.sharing(world) // shards
+    device = Accelerator.current().type
+    every = list(range(world))
+    outer, inner = {PP: sizes.pp, REPLICATE: replicas}, {TP: sizes.tp}
+    root = _mesh(every, _present({**outer, SHARD: shards // sizes.cp, CP: sizes.cp, **inner}), device)
+    # The same ranks once more, with `dp_shard` and `cp` as one dimension: torch's own way to join two, `_flatten`, is private.
+    folded, shard = root, SHARD
+    if sizes.cp > 1:
+        folded, shard = _mesh(every, _present({**outer, SHARD_CP: shards, **inner}), device), SHARD_CP
+    return ParallelMesh(
+        sizes,
+        root,
+        fsdp=folded[REPLICATE, shard] if replicas > 1 else folded[shard],
+        pp=root[PP] if sizes.pp > 1 else None,
+        cp=root[CP] if sizes.cp > 1 else None,
+        tp=folded[TP] if sizes.tp > 1 else None,
+        dp_rank=place.dp,
+        dp_size=sizes.data_parallel(world),
+        pp_rank=place.pp,
+    )
+
+
+def context_shard_size(fsdp2: Fsdp2Config, sizes: ParallelSizes, world_size: int) -> int:
+    """How many ranks a parameter is cut over, of those that share no stage and no tensor: `sharding_size`.
+
+    Raises:
+        ShardingError: it does not divide them, or would part ranks that share a sequence.
+    """
+    shards = shard_size(fsdp2, sizes.sharing(world_size))
+    if shards % sizes.cp:
+        raise ShardingError(
+            f"sharding_size: {shards} is no multiple of the {sizes.cp} ranks that share a sequence; use auto or a multiple."
+        )
+    return shards
+
+
+def _present(shape: dict[str, int]) -> dict[str, int]:
+    """The dimensions that there are; the one that shards always is."""
+    return {name: size for name, size in shape.items() if size > 1 or name in (SHARD, SHARD_CP)}
 
 
 def shard_size(fsdp2: Fsdp2Config, world_size: int) -> int:

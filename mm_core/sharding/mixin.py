@@ -13,9 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from mm_core.config.fsdp2 import PATTERN_FIELDS
+from mm_core.config.parallel import ParallelSizes
 from mm_core.sharding.apply import apply_plan, fsdp_settings, needs_sharding
 from mm_core.sharding.build import build_plans
-from mm_core.sharding.mesh import build_device_mesh
+from mm_core.sharding.combinations import check_parallel
+from mm_core.sharding.mesh import ParallelMesh, build_parallel_mesh
 from mm_core.sharding.observe import differences, observe_plan, shard_sizes
 from mm_core.sharding.plan import ShardingError, ShardingPlan
 from mm_core.sharding.policy import ShardingPolicy
@@ -35,12 +37,15 @@ class FSDP2Mixin:
     called when `materialize` has given it its first values.
 
     Attributes:
-        sharding_plans: path of each FSDP root -> its plan, after `fully_shard`.
+        sharding_plans: path of each FSDP root -> its plan, after `fully_shard`; with pipeline parallelism that of this
+            rank's stage.
         device_mesh: what the parameters are sharded over, after `fully_shard`.
+        parallel_mesh: all ranks, `device_mesh` among their dimensions, after `fully_shard`.
     """
 
     sharding_plans: dict[str, ShardingPlan]
     device_mesh: DeviceMesh
+    parallel_mesh: ParallelMesh
 
     def sharding_roots(self) -> dict[str, ShardingPolicy]:
         """Path of each FSDP root in this model -> its policy. By default the model is one root and its
@@ -55,6 +60,7 @@ class FSDP2Mixin:
         self,
         process_group: dist.ProcessGroup | None = None,
         fsdp2_config_path: str | Path | Fsdp2Config | None = None,
+        parallel: ParallelSizes | None = None,
     ) -> bool:
         """Shard the model in place. Every rank of the group calls this, with the model on the meta device or
         on its own.
@@ -63,13 +69,16 @@ class FSDP2Mixin:
             process_group: the data-parallel ranks; all by default.
             fsdp2_config_path: path of an fsdp2.yaml, its content as a config, or `None` for the policies
                 alone.
+            parallel: how many ranks share one model beside FSDP's; by default none do. The experts' number of ranks is
+                that of fsdp2.yaml.
 
         Returns:
             True: the model is sharded, nothing is left for a caller to do.
 
         Raises:
-            UserError: the file, the policies and the model do not fit together.
+            UserError: the file, the policies, the sizes and the model do not fit together.
         """
+        self._parallel_sizes = parallel or ParallelSizes()
         kwargs, config = self._pre_fully_shard(process_group, fsdp2_config_path)
         self._fully_shard(kwargs, config)
         self._post_fully_shard()
@@ -91,8 +100,17 @@ class FSDP2Mixin:
         policies = self.sharding_roots()
         roots = {path: model.get_submodule(path) for path in policies}
         plans = build_plans(roots, policies, config, model)
+        sizes: ParallelSizes = getattr(self, "_parallel_sizes", ParallelSizes())
+        for path, plan in plans.items():
+            check_parallel(roots[path], plan, sizes)
+        self.parallel_mesh = build_parallel_mesh(config, sizes, process_group)
+        if self.parallel_mesh.pp is not None:
+            from mm_core.sharding.pipeline import cut_stage  # few jobs have stages
+
+            # The plan is made of the whole model, so that patterns and their checks mean the same on every stage.
+            plans = {path: cut_stage(roots[path], plan, self.parallel_mesh) for path, plan in plans.items()}
         self.sharding_plans = plans
-        self.device_mesh = build_device_mesh(config, process_group)
+        self.device_mesh = self.parallel_mesh.fsdp
         first = next(iter(plans))
         return fsdp_settings(roots[first], plans[first], self.device_mesh), config
 
@@ -107,10 +125,15 @@ class FSDP2Mixin:
         for path, plan in self.sharding_plans.items():
             root = model.get_submodule(path)
             brings_own = path and callable(getattr(root, "fully_shard", None))
+            if brings_own and self.parallel_mesh.sizes.together > 1:
+                raise ShardingError(
+                    f"{plan.full_path('')} shards itself, and is not told of more than data parallelism; set the sizes of "
+                    f"{self.parallel_mesh.sizes} to 1."
+                )
             if brings_own and _shards_itself(root, mesh, _relative_to(path, fsdp2_config)):
                 log.info("%s sharded itself.", path)
                 continue
-            apply_plan(root, plan, mesh)
+            apply_plan(root, plan, mesh, self.parallel_mesh)
 
     def _post_fully_shard(self) -> None:
         """Read back what was done, and check it; a warning names the keys of fsdp2.yaml that were not followed."""

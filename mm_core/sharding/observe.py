@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, CheckpointWrapper
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mm_core.accelerator import dtype_name
-from mm_core.sharding.mesh import EP
+from mm_core.sharding.mesh import EP, TP
 from mm_core.sharding.plan import (
     ALIGNED,
     ParameterInfo,
@@ -66,19 +67,26 @@ def observe_plan(root: nn.Module, plan: ShardingPlan) -> ShardingPlan:
             path for path in plan.experts if _is_dealt_out(root.get_submodule(path), intended.get(path))
         ),
         aligned=next((group.modules for group in units if group.path == ALIGNED), ()),
+        cut=_cut(root),
         **_recompute(root, plan),
     )
     return _with_settings(found, plan, {p: s for p, s in seen.items() if s}, general) if known else found
 
 
 def shard_sizes(root: nn.Module, plan: ShardingPlan) -> set[int]:
-    """Over how many ranks the parameters are cut, experts aside."""
+    """Over how many ranks FSDP2 cuts the parameters, experts aside."""
     return {
-        parameter.device_mesh.size(-1)
+        _shards(parameter.device_mesh)
         for name, parameter in root.named_parameters()
         if isinstance(parameter, DTensor)
         and not any(is_inside(bare_name(name), path) for path in plan.experts)
     }
+
+
+def _shards(mesh: DeviceMesh) -> int:
+    """Tensor parallelism's dimension comes last, behind that of FSDP2."""
+    own = mesh.ndim - (TP in (mesh.mesh_dim_names or ()))
+    return mesh.size(own - 1) if own else 1
 
 
 def differences(asked: ShardingPlan, seen: ShardingPlan) -> dict[str, str]:
@@ -281,6 +289,16 @@ def _is_dealt_out(module: nn.Module, asked: Unit | None) -> bool:
         if not own_mesh and tuple(parameter.shape)[:1] == whole[:1]:
             return False
     return True
+
+
+def _cut(root: nn.Module) -> dict[str, int]:
+    """Name of each parameter of which the ranks of tensor parallelism hold parts -> their number."""
+    found = {}
+    for name, parameter in root.named_parameters():
+        names = parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ()
+        if TP in names and not parameter.placements[names.index(TP)].is_replicate():
+            found[bare_name(name)] = parameter.device_mesh.size(names.index(TP))
+    return found
 
 
 def _dtype(dtype: Any) -> str | None:

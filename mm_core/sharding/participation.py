@@ -31,8 +31,8 @@ from torch import nn
 from torch.autograd.graph import Node as GraphNode
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from mm_core.sharding.joins import first_with_gradient, has_gradient, join
 from mm_core.sharding.plan import ALIGNED, ShardingError, ShardingPlan, bare_name, is_inside
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class Participation:
     Attributes:
         disorder: a unit that ran after another one that the plan lists behind it, and that other one.
         disorder_pass: in which forward pass of the step that was noticed, counted from 1; 0 for in none.
+        absent: paths that no rank runs in the passes to come: a rank that has several pipeline stages runs one of them in
+            each pass.
     """
 
     def __init__(self, root: nn.Module, plan: ShardingPlan, device_type: str) -> None:
@@ -71,6 +73,7 @@ class Participation:
         self.passes = 0
         self.disorder_pass = 0
         self.disorder: tuple[str, str] | None = None
+        self.absent: tuple[str, ...] = ()
         self.corrections: list[Callable[[], None]] = []
         modules = {
             bare_name(n): m for n, m in reversed(list(root.named_modules())) if isinstance(m, FSDPModule)
@@ -199,12 +202,12 @@ class _Unit:
             if self in parent.touched:
                 parent.correct(self)
         else:
-            skipped = parent.children[parent.next : place]
+            skipped = parent.due(parent.children[parent.next : place])
             parent.next = place + 1
             if skipped:
                 parent.touch(skipped)
             if parent.pending is not None:
-                (args, kwargs), joined = _join(parent.pending, (args, kwargs))
+                (args, kwargs), joined = join(parent.pending, (args, kwargs))
                 parent.pending = None if joined else parent.pending
                 parent.latest = self
                 return args, kwargs
@@ -219,13 +222,20 @@ class _Unit:
             missing = next((path for path, m in self.whole.grouped.items() if m not in self.whole.ran), None)
             if missing is not None:
                 raise _not_in_the_group(missing)
-        if self.next < len(self.children):
-            self.touch(self.children[self.next :])
+        if rest := self.due(self.children[self.next :]):
+            self.touch(rest)
         if self.pending is None:
             return None
-        output, _ = _join(self.pending, output)
+        output, _ = join(self.pending, output)
         self.pending = None
         return output
+
+    def due(self, units: list[_Unit]) -> list[_Unit]:
+        """Those of these children that other ranks may run in this pass."""
+        absent = self.whole.absent
+        if not absent or self.parent is not None:
+            return units
+        return [unit for unit in units if not any(is_inside(unit.path, path) for path in absent)]
 
     def touch(self, units: list[_Unit]) -> None:
         """Run these children through FSDP2's hooks only, and keep the end of the chain if it has a gradient."""
@@ -285,7 +295,7 @@ class _Unit:
         return any(getattr(module, attribute).requires_grad for _, module, attribute in self.slots)
 
     def _add_anchor(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        self.anchor, given = None, torch.is_grad_enabled() and _has_gradient(args, kwargs)
+        self.anchor, given = None, torch.is_grad_enabled() and has_gradient(args, kwargs)
         self.flows = given or (torch.is_grad_enabled() and self.trains)
         if given or not self.flows:
             return None
@@ -295,12 +305,12 @@ class _Unit:
         if not torch.is_grad_enabled():
             return None
         anchor = kwargs.pop(_ANCHOR, None)
-        tensor = anchor if anchor is not None else _first_with_gradient(args, kwargs)
+        tensor = anchor if anchor is not None else first_with_gradient(args, kwargs)
         if tensor is not None and tensor.grad_fn is not None:
             node: GraphNode = tensor.grad_fn  # FSDP2's, which reduces the unit's gradients
             node.register_prehook(lambda grads: self.whole.settle(self))
         if anchor is not None and self.touching:
-            (args, kwargs), _ = _join(anchor, (args, kwargs))
+            (args, kwargs), _ = join(anchor, (args, kwargs))
             return args, kwargs
         self.anchor = anchor
         return args, kwargs
@@ -311,7 +321,7 @@ class _Unit:
         anchor, self.anchor = self.anchor, None
         if anchor is None:
             return None
-        return _join(anchor, output)[0]
+        return join(anchor, output)[0]
 
 
 def _not_in_the_group(path: str) -> ShardingError:
@@ -320,53 +330,6 @@ def _not_in_the_group(path: str) -> ShardingError:
         f"align_fsdp_param_groups: true gathers modules of {path} together with others, and this micro batch runs the "
         "others without them, so that ranks would wait for each other for ever; write false."
     )
-
-
-class _Join(torch.autograd.Function):
-    """Tensors as they are, made to depend on a scalar by a gradient of zero."""
-
-    @staticmethod
-    def forward(ctx: Any, scalar: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.device = scalar.device
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return torch.zeros((), device=ctx.device), *grads
-
-
-def _join(scalar: torch.Tensor, value: Any) -> tuple[Any, bool]:
-    """Let tensors somewhere in `value` depend on a scalar: all that have a gradient, else the first one that
-    could have one.
-
-    Returns:
-        The value anew, and whether there was such a tensor.
-    """
-    leaves, shape = tree_flatten(value)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    if not places:
-        floats = (
-            i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-        )
-        places = list(floats)[:1]
-    if not places or not scalar.requires_grad:
-        return value, False
-    for place, tensor in zip(places, _Join.apply(scalar, *(leaves[i] for i in places)), strict=True):
-        leaves[place] = tensor
-    return tree_unflatten(leaves, shape), True
-
-
-def _first_with_gradient(args: Any, kwargs: Any) -> torch.Tensor | None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.requires_grad:
-            return value
-    leaves = tree_flatten((args, kwargs))[0]
-    return next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad), None)
-
-
-def _has_gradient(args: Any, kwargs: Any) -> bool:
-    return _first_with_gradient(args, kwargs) is not None
 
 
 def _scaled(chain: torch.Tensor) -> torch.Tensor:

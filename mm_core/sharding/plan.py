@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from mm_core.accelerator import dtype_name
+from mm_core.sharding.context_policy import ContextPolicy
 from mm_core.sharding.patterns import PlanError
+from mm_core.sharding.policy import PipelinePolicy
 
 _WRAPPER = "_checkpoint_wrapped_module"
 ALIGNED = "(aligned)"
@@ -96,8 +98,11 @@ class ShardingPlan:
         experts: paths of modules whose parameters hold one expert an index of dimension 0, when they are
             distributed over ranks.
         aligned: paths of the modules that make up the unit `ALIGNED`, if there is one.
+        cut: name of each parameter that tensor parallelism cuts -> over how many ranks; known of a module that is sharded.
         ignored: paths of frozen modules that are not sharded, and their parameters' names.
         fp32_inputs: forward arguments of the root that keep their dtype.
+        context: where the root's sequences are split over ranks, with paths in place of patterns.
+        pipeline: where the root can be cut into pipeline stages.
         sources: field of fsdp2.yaml -> where it came from: `fsdp2.yaml`, `policy` or `structure`.
         reshard_after_forward, …, backward_prefetch: as in fsdp2.yaml.
     """
@@ -110,6 +115,7 @@ class ShardingPlan:
     offload_activations: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     aligned: tuple[str, ...] = ()
+    cut: Mapping[str, int] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     ignored_parameters: tuple[str, ...] = ()
     fp32_inputs: tuple[str, ...] = ()
@@ -126,6 +132,8 @@ class ShardingPlan:
     backward_prefetch: int = 0
     expert_parallel_size: int = 1
     reshard_local_experts: bool = True
+    context: ContextPolicy | None = None
+    pipeline: PipelinePolicy | None = None
 
     def as_dict(self, shards: int, ranks: int | None = None) -> dict[str, Any]:
         """The plan as JSON-able data, to be stored with the run.
@@ -154,7 +162,10 @@ class ShardingPlan:
             "sources": dict(self.sources),
             **settings,
             **paths,
+            "cut": {self.full_path(name): ranks for name, ranks in self.cut.items()},
             "fp32_inputs": list(self.fp32_inputs),
+            "context": None if self.context is None else asdict(self.context),
+            "pipeline": None if self.pipeline is None else asdict(self.pipeline),
             "memory": {**asdict(peak), "peak": peak.total},
             "units": unit_rows(self, shards),
         }

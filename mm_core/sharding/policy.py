@@ -9,6 +9,26 @@ from typing import Literal
 
 from mm_core.config.findings import show
 from mm_core.config.patterns import syntax_problem
+from mm_core.sharding.context_policy import ContextPolicy, context_policy_problem
+
+
+@dataclass(frozen=True, slots=True)
+class PipelinePolicy:
+    """How a component is cut into pipeline stages.
+
+    Its blocks run one after the other, and every stage has some of them. The component brings two methods for the
+    rest (see `mm_core.sharding.pipeline.PipelineComponent`): a `forward` that runs one stage, and the shapes of what one
+    stage hands to the next. Modules and parameters keep their names on whichever stage they are.
+
+    Args:
+        blocks: path of the `ModuleList` of the blocks.
+        first, last: paths of the modules and parameters that only the first stage, or only the last one, has. Modules
+            without parameters need no mention: every stage has them.
+    """
+
+    blocks: str
+    first: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +57,8 @@ class ShardingPolicy:
         fp32_inputs: names of the component's forward arguments that keep their dtype when mixed precision
             casts the others to `param_dtype`. bf16 has 8 significant bits: it would move the timestep 937.5
             to 936.
+        context: where sequences are split over ranks (context parallelism); without it, they cannot be.
+        pipeline: where the component can be cut into pipeline stages; without it, it cannot.
         reshard_after_forward, …, align_fsdp_param_groups: what fsdp2.yaml has for the keys of these names when
             it does not write them; None leaves the key's own default.
     """
@@ -52,6 +74,8 @@ class ShardingPolicy:
     aligned: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     fp32_inputs: tuple[str, ...] = ("timestep",)
+    context: ContextPolicy | None = None
+    pipeline: PipelinePolicy | None = None
     reshard_after_forward: bool | int | None = None
     param_dtype: str | None = None
     reduce_dtype: str | None = None
@@ -76,6 +100,10 @@ def policy_problem(policy: ShardingPolicy) -> str | None:
             problem = _aliases_problem(value)
         elif str(one.type).startswith("tuple"):
             problem = _names_problem(value, patterns=one.name != "fp32_inputs")
+        elif one.name == "context":
+            problem = context_policy_problem(value)
+        elif one.name == "pipeline":
+            problem = _pipeline_problem(value)
         else:
             problem = None
             if value is not None:
@@ -105,3 +133,17 @@ def _aliases_problem(value: object) -> str | None:
     if not isinstance(value, Mapping):
         return f"{show(value)} is of type {type(value).__name__}, expected a mapping from their paths to ours"
     return _names_problem((*value, *value.values()), patterns=True)
+
+
+def _pipeline_problem(value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, PipelinePolicy):
+        return f"{show(value)} is of type {type(value).__name__}, expected a PipelinePolicy"
+    if not isinstance(value.blocks, str):
+        return f"blocks is {show(value.blocks)}, expected the path of a ModuleList"
+    for name in ("first", "last"):
+        problem = _names_problem(getattr(value, name), patterns=False)
+        if problem is not None:
+            return f"{name}: {problem}"
+    return None

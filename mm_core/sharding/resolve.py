@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from mm_core.config.patterns import is_class_path
+from mm_core.sharding.context_policy import ContextPolicy
 from mm_core.sharding.patterns import ModulePaths, Problems, apply_aliases, split_pattern
 from mm_core.sharding.plan import ShardingError
 from mm_core.sharding.policy import ShardingPolicy
@@ -88,6 +89,28 @@ class Resolver:
                 for path in self._match(pattern, where):
                     self._claim(owner, path, pattern, where)
         return tuple(owner)
+
+    def context(self) -> ContextPolicy | None:
+        """The policy's split points, with paths in place of patterns."""
+        policy = self.policy.context
+        if policy is None:
+            return None
+        where = f"policy of {self.prefix or 'the model'}, context"
+
+        def paths(patterns: Iterable[str], name: str) -> dict[str, str]:
+            owner: dict[str, str] = {}
+            for pattern in patterns:
+                with self.problems.of(None, None):
+                    for path in self._match(pattern, f"{where}.{name}"):
+                        self._claim(owner, path, pattern, f"{where}.{name}")
+            return owner
+
+        points: dict[str, Any] = {
+            name: {path: value[pattern] for path, pattern in paths(value, name).items()}
+            for name in ("split_inputs", "split_outputs", "gather_outputs")
+            for value in [getattr(policy, name)]
+        }
+        return replace(policy, attention=tuple(paths(policy.attention, "attention")), **points)
 
     def written(self, name: str) -> dict[str, str] | None:
         """A field's patterns for this root, as written -> without the prefix; `None` if the file says nothing

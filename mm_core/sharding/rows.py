@@ -121,6 +121,7 @@ def _stored(plan: ShardingPlan, unit: Unit, shards: int) -> tuple[int, int, int]
     stored = trained = 0
     for p in unit.parameters:
         own = p.shard_numel(parts) if extra == 1 else math.ceil(p.numel / (extra * parts))
+        own //= plan.cut.get(p.name, 1)
         stored += own * p.dtype.itemsize
         trained += own * p.dtype.itemsize if p.trainable else 0
     return stored, trained, trained * _ADAMW_STATES
@@ -128,7 +129,9 @@ def _stored(plan: ShardingPlan, unit: Unit, shards: int) -> tuple[int, int, int]
 
 def _gathered(plan: ShardingPlan, unit: Unit) -> int:
     own = plan.expert_parallel_size if unit.path in plan.experts else 1
-    return sum(p.numel // own * _compute_dtype(plan, p).itemsize for p in unit.parameters)
+    return sum(
+        p.numel // (own * plan.cut.get(p.name, 1)) * _compute_dtype(plan, p).itemsize for p in unit.parameters
+    )
 
 
 def _whole_gradient(plan: ShardingPlan, unit: Unit) -> int:
@@ -138,7 +141,11 @@ def _whole_gradient(plan: ShardingPlan, unit: Unit) -> int:
     for p in unit.parameters:
         if p.trainable:
             compute = _compute_dtype(plan, p)
-            total += p.numel // own * (compute.itemsize + (plan.reduce_dtype or compute).itemsize)
+            total += (
+                p.numel
+                // (own * plan.cut.get(p.name, 1))
+                * (compute.itemsize + (plan.reduce_dtype or compute).itemsize)
+            )
     return total
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from mm_core.config.fsdp2 import Fsdp2Config
+from mm_core.config.parallel import ParallelSizes
 from mm_core.sharding import FSDP2Mixin, ShardingPolicy
 from mm_core.testing import builds
 from mm_core.testing.check import CheckFailed, CheckSkipped
@@ -38,17 +39,25 @@ class Composite(nn.Module, FSDP2Mixin):
         return {"predictor": self._policy}
 
 
-def build(case: Case, seed: int = 0, *, recompute: Sequence[str] | None = None, **fsdp2: Any) -> Composite:
+def build(
+    case: Case,
+    seed: int = 0,
+    *,
+    recompute: Sequence[str] | None = None,
+    parallel: ParallelSizes | None = None,
+    **fsdp2: Any,
+) -> Composite:
     """A composite that was sharded over all ranks and filled.
 
     Args:
         recompute: paths of modules to recompute; None leaves it to the policy.
+        parallel: how ranks share the model beside FSDP2's way.
         fsdp2: fields of fsdp2.yaml.
     """
     model = Composite(case)
     if recompute is not None:
         fsdp2["recompute_modules"] = tuple(f"predictor.{path}" for path in recompute)
-    model.fully_shard(None, Fsdp2Config(**fsdp2))
+    model.fully_shard(None, Fsdp2Config(**fsdp2), parallel)
     materialize(model.predictor, "cpu", seed)
     return model
 
@@ -76,8 +85,8 @@ def loss_and_gradients(case: Case, **fsdp2: Any) -> LossAndGradients:
 
 def shared_loss(case: Case, model: Composite, step: int) -> torch.Tensor:
     """The mean loss over this rank's part of step `step`'s batch."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    rank, parts = model.parallel_mesh.dp_rank, model.parallel_mesh.dp_size
+    mine = slice(rank * BATCH // parts, (rank + 1) * BATCH // parts)
     given = builds.part(builds.inputs(case, BATCH, seed=step), mine)
     output = builds.run(case, model.predictor, given)
     target = builds.samples(BATCH, output.shape[1:], step, "target")[mine]

@@ -18,11 +18,13 @@ from mm_core.config.component import WITH_WEIGHTS, ComponentConfig
 from mm_core.config.document import Document, expanded
 from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.origin import KeyPath, dotted
+from mm_core.config.parallel import ParallelSizes
 from mm_core.config.section import SectionModel
-from mm_core.models.factory import build_component
+from mm_core.models.factory import TRAINED, build_component
 from mm_core.models.pretrained import load_pretrained
 from mm_core.models.skeleton import collect_skeletons
 from mm_core.models.sora import EXPERTS
+from mm_core.models.transformers_model import NETWORK
 from mm_core.sharding.table import plan_texts
 from mm_core.training.precheck import (
     build_on_meta,
@@ -54,6 +56,7 @@ class Buildable:
         hooks: activated plugins; their `post_build` sees each module.
         fsdp2, fsdp2_document: how predictors are sharded; None where nothing is.
         ranks: of the job, None if it is not said how many there will be.
+        parallel: how many of them share one model.
         load: `--load` or `load`, and where it is said.
         load_origin: a finding about it begins as this one.
         findings: of the ordinary check. What this version cannot run need not be built.
@@ -68,6 +71,7 @@ class Buildable:
     load_origin: Finding | None = None
     findings: tuple[Finding, ...] = ()
     ranks: int | None = None
+    parallel: ParallelSizes = field(default_factory=ParallelSizes)
 
 
 @dataclass
@@ -102,7 +106,7 @@ def check_buildable(job: Buildable) -> BuildReport:
 
 def _predictors(job: Buildable, report: BuildReport) -> dict[str, nn.Module]:
     built: dict[str, nn.Module] = {}
-    for name in EXPERTS:
+    for name in TRAINED:
         component = job.components.get(name)
         if component is None:
             continue
@@ -126,12 +130,16 @@ def _plans(
     document = job.fsdp2_document or Document.from_data({})
     plans: dict[str, ShardingPlan] = {}
     try:
-        plans = check_patterns(job.components, predictors, job.fsdp2, document, ranks=job.ranks)
-        shards = job.fsdp2.shard_group_size(job.ranks) if job.ranks is not None else 1
-        if job.ranks is not None and job.ranks % shards:
+        ranks, sizes = job.ranks, job.parallel
+        plans = check_patterns(job.components, predictors, job.fsdp2, document, ranks=ranks, sizes=sizes)
+        if ranks is not None and ranks % sizes.together:
             return plans  # said by the ordinary check; a table of it would be of no run
-        report.tables += plan_texts(plans, shards, job.ranks)
-        report.sharding += [plan.as_dict(shards, job.ranks) for plan in plans.values()]
+        ranks = ranks if ranks is None else sizes.sharing(ranks)
+        shards = job.fsdp2.shard_group_size(ranks) if ranks is not None else 1
+        if ranks is not None and ranks % shards:
+            return plans  # the same
+        report.tables += plan_texts(plans, shards, ranks)
+        report.sharding += [plan.as_dict(shards, ranks) for plan in plans.values()]
     except ConfigError as error:
         report.findings += error.findings
     except UserError as error:
@@ -144,9 +152,9 @@ def _folders(job: Buildable, name: str, module: nn.Module, report: BuildReport) 
     component = job.components[name]
     fits = []
     if component.from_pretrained and component.init == "pretrained":
-        path = (*component.path, "from_pretrained")
+        path = component.weights_path
         fits += _compare(job, component, module, expanded(component.from_pretrained), path, report)
-    if name == EXPERTS[0] and job.load is not None:
+    if name in (EXPERTS[0], NETWORK) and job.load is not None:
         place = expanded(job.load)
         if is_hf_folder(place):
             fits += _compare(job, component, module, place, None, report)
@@ -166,11 +174,16 @@ def _compare(
     path: KeyPath | None,
     report: BuildReport,
 ) -> list[FolderFit]:
-    if not folder.is_dir():
+    if not folder.is_dir() or (path is not None and _only_described(component, folder)):
         return []
     fit, problems = compare_folder(component, module, folder)
     report.findings += [_finding(job, path, "weights", problem) for problem in problems]
     return [] if fit is None else [fit]
+
+
+def _only_described(component: ComponentConfig, folder: Path) -> bool:
+    """Whether a folder has the config.json that a network is built from and no weights yet, which is told already."""
+    return component.role == "transformers_model" and not any(folder.glob("*.safetensors"))
 
 
 def _encoder(job: Buildable, component: ComponentConfig, report: BuildReport) -> None:
@@ -267,7 +280,9 @@ def _finding(job: Buildable, path: KeyPath | None, code: str, text: str) -> Find
         return replace(job.load_origin, level="error", code=code, message=message)
     place: KeyPath = path or ()
     origin = (
-        job.document.origin(place) if place[-1:] == ("from_pretrained",) else job.document.key_origin(place)
+        job.document.origin(place)
+        if place[-1:] in (("from_pretrained",), ("init_from_hf_path",))
+        else job.document.key_origin(place)
     )
     return Finding.at(origin, "error", code, message, path=place)
 

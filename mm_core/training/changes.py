@@ -41,10 +41,10 @@ _FLAGS = frozenset(
 )
 _FSDP2 = frozenset({"param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs"})
 _DATALOADER = frozenset({"sampler_type", "shuffle"})
-#: Callbacks and patches change no number; plugins are compared by what they offer.
-_NOT_OF_MODEL = frozenset({"callbacks", "plugins", "patch"})
-#: Of a section whose weights come from the checkpoint.
-_NOT_OF_PREDICTOR = frozenset({"from_pretrained", "hub_backend", "init", "dtype"})
+#: Callbacks and patches change no number; plugins are compared by what they offer; weights come from the checkpoint.
+_NOT_OF_MODEL = frozenset({"callbacks", "plugins", "patch", "init_from_hf_path", "init"})
+#: Of a section whose weights come from the checkpoint, however it is cut into stages.
+_NOT_OF_PREDICTOR = frozenset({"from_pretrained", "hub_backend", "init", "dtype", "pipeline_num_layers"})
 _SCHEDULE = {
     "peak": "--lr",
     "minimum": "--min-lr",

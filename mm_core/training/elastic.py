@@ -35,6 +35,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from mm_core.config import TrainFlags
 from mm_core.config.document import expanded
 from mm_core.config.flags import rendezvous_settings, split_endpoint
+from mm_core.config.parallel import ParallelSizes
 from mm_core.training.failures import describe_exit, keep_output
 from mm_core.training.launch import EXIT_USER, PARENT, shared_threads
 from mm_core.training.meeting import LaunchError
@@ -189,7 +190,12 @@ def _warn_of_batches(flags: TrainFlags) -> None:
     """Say for which numbers of machines the global batch cannot be dealt out: the job would end there."""
     least, most = flags.machines
     ranks = flags.nproc_per_node or 1
-    odd = [str(number) for number in range(least, most + 1) if flags.check_batch(number * ranks) is not None]
+    together = ParallelSizes.of(flags).together
+    odd = [
+        str(number)
+        for number in range(least, most + 1)
+        if number * ranks % together or flags.check_batch(number * ranks // together) is not None
+    ]
     if odd and most > least:
         log.warning(
             "--global-batch-size %d cannot be dealt out on %s machines of %d ranks: if so many are there, the job ends",

@@ -18,7 +18,10 @@ T = TypeVar("T")
 
 @torch.no_grad()  # in which the local part of a DTensor costs nothing
 def scale_and_clip(
-    parameters: Iterable[torch.nn.Parameter], scale: torch.Tensor, max_norm: float
+    parameters: Iterable[torch.nn.Parameter],
+    scale: torch.Tensor,
+    max_norm: float,
+    stages: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Multiply all gradients by `scale`, then clip their global 2-norm to `max_norm`; in place.
 
@@ -26,15 +29,17 @@ def scale_and_clip(
         parameters: the trained parameters, sharded (DTensor) or not; those without a gradient are left out.
         scale: 0-d fp32 tensor on the gradients' device.
         max_norm: the limit; 0 turns clipping off.
+        stages: ranks that hold the other stages of the same model; each of them calls this.
 
     Returns:
         The norm of the scaled gradients before clipping, 0-d fp32, the same on every rank.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
-        return torch.zeros((), device=scale.device)
     own = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-    norm = _total_norm(grads, own, scale.device) * scale
+    square = _total_square(grads, own, scale.device)
+    if stages is not None:
+        dist.all_reduce(square, group=stages)
+    norm = square.sqrt() * scale
     factor = scale
     if max_norm > 0:
         factor = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
@@ -47,11 +52,12 @@ def scale_and_clip(
     return norm
 
 
-def _total_norm(grads: list[torch.Tensor], own: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """The 2-norm of all gradients as one vector, 0-d fp32, the same on every rank.
+def _total_square(grads: list[torch.Tensor], own: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The squared 2-norm of all gradients as one vector, 0-d fp32, the same on every rank that has the same parameters.
 
-    Experts live on another mesh than the rest, and unsharded parameters on none: torch takes no mixed lists. It also
-    leads each of many small operations through DTensor; here are one list and one number for each way to shard.
+    A tensor that several ranks hold whole, as those do that share the tensors beside it, counts once. Experts live on
+    another mesh than the rest, and unsharded parameters on none: torch takes no mixed lists. It also leads each of many
+    small operations through DTensor; here are one list and one number for each way to shard.
 
     Args:
         own: what this rank holds of each.
@@ -73,7 +79,7 @@ def _total_norm(grads: list[torch.Tensor], own: list[torch.Tensor], device: torc
     for groups, square in squares.items():
         for group in groups:
             dist.all_reduce(square, group=group)
-    return torch.stack(list(squares.values())).sum().sqrt()
+    return torch.stack([torch.zeros((), device=device), *squares.values()]).sum()
 
 
 def by_mesh(items: Sequence[T], tensors: Sequence[torch.Tensor]) -> list[list[T]]:

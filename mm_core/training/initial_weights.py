@@ -10,16 +10,22 @@ from torch import nn
 from mm_core.config import TrainingJob
 from mm_core.config.document import expanded
 from mm_core.models.pretrained import load_predictor_folder
+from mm_core.sharding.pipeline import tensors_elsewhere
 from mm_core.weights import is_hf_folder, materialize
+from mm_core.weights.agreement import everywhere
 from mm_core.weights.stored import StoredWeights
 
 log = logging.getLogger(__name__)
 
 
 def load_initial_weights(
-    predictor: nn.Module, job: TrainingJob, device: torch.device
+    module: nn.Module, name: str, job: TrainingJob, device: torch.device
 ) -> StoredWeights | None:
-    """Give the sharded predictor its storage, then its values: keyed random ones, or those of a Hugging Face folder.
+    """Give a sharded component its storage, then its values: keyed random ones, or those of a Hugging Face folder.
+
+    Args:
+        module: what is trained of it on this rank, maybe one stage of several.
+        name: of the component.
 
     Returns:
         How the weights lay in their folder; `None` if there is none: random ones, or those of a checkpoint, which
@@ -28,16 +34,21 @@ def load_initial_weights(
     Raises:
         UserError: the folder's weights do not fit.
     """
-    section, load = job.components["predictor"], job.flags.load
+    section, load = job.components[name], job.flags.load
     folder = section.from_pretrained if section.init == "pretrained" else None
     if load is not None:  # a run or a Hugging Face folder
         folder = load if is_hf_folder(expanded(load)) else None
     random_init = folder is None and load is None
-    materialize(predictor, device, job.flags.seed, random_init=random_init)
+    materialize(module, device, job.flags.seed, random_init=random_init)
     if folder is None:
         if random_init:
-            log.info("predictor has random weights, as its section asks")
+            log.info("%s has random weights, as its section asks", name)
         return None
-    loaded = load_predictor_folder(predictor, folder, section)
-    log.info("predictor: weights of %s", folder)
-    return StoredWeights(loaded.dtypes, loaded.layout)
+    elsewhere = tensors_elsewhere(module)
+    loaded = load_predictor_folder(module, folder, section, elsewhere=elsewhere)
+    log.info("%s: weights of %s", name, folder)
+    if not elsewhere:
+        return StoredWeights(loaded.dtypes, loaded.layout)
+    parts = everywhere((loaded.dtypes, loaded.layout))  # of each stage its own; a checkpoint tells of all
+    dtypes = {name: dtype for part, _ in parts for name, dtype in part.items()}
+    return StoredWeights(dtypes, {name: recipe for _, part in parts for name, recipe in part.items()})

@@ -15,12 +15,16 @@ from mm_core.config.document import Document, expanded
 from mm_core.config.flags import world_size
 from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.origin import KeyPath, dotted
-from mm_core.models.factory import build_component, sharding_policy
+from mm_core.config.parallel import ParallelSizes
+from mm_core.models.factory import TRAINED, build_component, sharding_policy
 from mm_core.models.pretrained import folder_differences
 from mm_core.models.sora import EXPERTS
+from mm_core.models.transformers_model import NETWORK
 from mm_core.sharding import ShardingPlan, ShardingPolicy, build_plans
+from mm_core.sharding.combinations import check_parallel
 from mm_core.sharding.fitness import check_plan
 from mm_core.sharding.patterns import CombinedPlanError, PlanError
+from mm_core.sharding.plan import ShardingError
 from mm_core.weights import find_adapter, is_hf_folder, resolve_load
 from mm_core.weights.fit import FolderFit, check_fit
 from mm_registry.errors import UserError
@@ -43,13 +47,18 @@ def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
     """
     check_checkpoint(job.flags.load)
     predictors = {
-        name: build_on_meta(job.components[name], job.hooks) for name in EXPERTS if name in job.components
+        name: build_on_meta(job.components[name], job.hooks) for name in TRAINED if name in job.components
     }
     for name in predictors:
         find_adapter(job.components[name])
     _check_start(job, predictors)
     return check_patterns(
-        job.components, predictors, job.fsdp2, job.documents["fsdp2"], ranks=world_size(job.flags)
+        job.components,
+        predictors,
+        job.fsdp2,
+        job.documents["fsdp2"],
+        ranks=world_size(job.flags),
+        sizes=job.parallel,
     )
 
 
@@ -73,7 +82,7 @@ def _check_start(job: TrainingJob, predictors: Mapping[str, nn.Module]) -> None:
     load = job.flags.load
     for name, module in predictors.items():
         component = job.components[name]
-        if name == EXPERTS[0] and load is not None:  # it counts, whatever the section says
+        if name in (EXPERTS[0], NETWORK) and load is not None:  # it counts, whatever the section says
             if is_hf_folder(expanded(load)):
                 _, problems = compare_folder(component, module, expanded(load))
                 findings += [job.flags.finding("load", "weights", problem) for problem in problems]
@@ -111,7 +120,7 @@ def compare_folder(
 
 def folder_finding(document: Document, component: ComponentConfig, message: str) -> Finding:
     """Return the error about the folder that a section names, at its name."""
-    path: KeyPath = (*component.path, "from_pretrained")
+    path = component.weights_path
     return Finding.at(document.origin(path), "error", "weights", message, path=path)
 
 
@@ -138,30 +147,42 @@ def check_patterns(
     fsdp2: Fsdp2Config,
     document: Document,
     ranks: int | None = None,
+    sizes: ParallelSizes | None = None,
 ) -> dict[str, ShardingPlan]:
-    """Return the sharding plan of each predictor.
+    """Return the sharding plan of each predictor, of all pipeline stages.
 
     Args:
         components: of the job; those that are not trained are known by their names only.
         predictors: by name, on the meta device.
         document: the sharding file.
         ranks: of the job, if their number is known; that `sharding_size` divides it is checked elsewhere.
+        sizes: how many of them share one model.
 
     Raises:
         ConfigError: patterns of the sharding file do not fit; a finding points at each.
-        UserError: a policy does not fit.
+        UserError: a policy does not fit, or the model cannot be shared in these ways.
     """
+    sizes = sizes or ParallelSizes()
     composite = _with_placeholders(components.items())
     for name, module in predictors.items():
         composite.add_module(name, module)
     policies = {name: sharding_policy(components[name]) or ShardingPolicy() for name in predictors}
     try:
         plans = build_plans(predictors, policies, fsdp2, composite)
+        if ranks is not None:
+            # What FSDP2 shards over; that the sizes divide the ranks is said elsewhere.
+            ranks = None if ranks % sizes.together else sizes.sharing(ranks)
         shards = ranks if ranks is None else fsdp2.shard_group_size(ranks)
         if ranks is not None and shards is not None and ranks % shards:
             ranks = shards = None  # said elsewhere, and nothing can be counted with it
+        if sizes.pp > 1 and len(plans) > 1:
+            raise ShardingError(
+                f"--pipeline-model-parallel-size: {sizes.pp} stages are cut from one network, but the job trains "
+                f"{' and '.join(plans)}; train one of them, or set it to 1."
+            )
         for name, plan in plans.items():
             check_plan(plan, predictors[name], ranks=ranks, shards=shards)
+            check_parallel(predictors[name], plan, sizes)
         return plans
     except PlanError as error:
         errors = error.errors if isinstance(error, CombinedPlanError) else (error,)

@@ -14,11 +14,12 @@ from torch import nn
 from mm_core.config import TrainFlags, TrainingJob
 from mm_core.config.document import expanded
 from mm_core.data.streams import is_streamed
+from mm_core.sharding.pipeline import tensors_elsewhere
 from mm_core.training.changes import changes, other_versions
 from mm_core.training.ema import ExponentialAverage
 from mm_core.weights import is_hf_folder, load_checkpoint, resolve_load
 from mm_core.weights.agreement import everywhere, rank, ranks_agree, world_size
-from mm_core.weights.state_file import read_state
+from mm_core.weights.state_file import EMA, read_state
 from mm_core.weights.stored import StoredWeights
 from mm_registry.errors import UserError
 
@@ -73,11 +74,14 @@ class Resume:
         """
         averages = {} if ema is None or self.fresh else ema.modules()
         averages = {name: module for name, module in averages.items() if name in self.modules}
+        # Checkpoints hold all pipeline stages, whatever this rank has of them.
+        names = [(name, other) for name, module in modules.items() for other in tensors_elsewhere(module)]
         load_checkpoint(
             self.checkpoint,
             {**modules, **averages},
             None if self.fresh or flags.no_load_optim else optimizer,
             with_rng=not (self.fresh or flags.no_load_rng),
+            elsewhere={f"{prefix}{name}.{other}" for prefix in ("", EMA) for name, other in names},
         )
         if ema is not None and not averages:
             ema.restart()
@@ -135,7 +139,7 @@ def find_resume(job: TrainingJob, dataset: Any) -> Resume | None:
         told.append(f"packages are not those of the checkpoint: {', '.join(versions)}")
     position = None
     if is_streamed(dataset):
-        position, lines_of_data = _position(state, flags)
+        position, lines_of_data = _position(state, job)
         told += lines_of_data
     elif state.get("dataset_samples", len(dataset)) != len(dataset):
         told.append(
@@ -145,13 +149,13 @@ def find_resume(job: TrainingJob, dataset: Any) -> Resume | None:
     return Resume(checkpoint, False, state, names, tuple(told), position)
 
 
-def _position(state: Mapping[str, Any], flags: TrainFlags) -> tuple[Any, list[str]]:
+def _position(state: Mapping[str, Any], job: TrainingJob) -> tuple[Any, list[str]]:
     """Where this rank's stream of an iterable dataset was, and what to say about it."""
-    loader = state.get("loader")
-    reason = _why_not_there(loader, flags)
+    loader, flags = state.get("loader"), job.flags
+    reason = _why_not_there(loader, flags, job.parallel.data_parallel(world_size()))
     if reason is None:
         assert loader is not None
-        return loader["ranks"][rank()], []
+        return loader["ranks"][job.parallel.place(rank(), world_size()).dp], []
     if not flags.accept_changes:
         raise UserError(
             f"--load {flags.load}: an iterable dataset goes on only where it was left, and {reason}; resume as it was, "
@@ -160,20 +164,21 @@ def _position(state: Mapping[str, Any], flags: TrainFlags) -> tuple[Any, list[st
     return None, [f"the data starts from its beginning: {reason}"]
 
 
-def _why_not_there(loader: Mapping[str, Any] | None, flags: TrainFlags) -> str | None:
+def _why_not_there(loader: Mapping[str, Any] | None, flags: TrainFlags, readers: int) -> str | None:
     if loader is None:
         return "the checkpoint has no position of it"
     ranks = len(loader["ranks"])
-    if ranks != world_size():
-        return f"{ranks} ranks read it before, and {world_size()} would now"
+    if ranks != readers:
+        return f"{ranks} ranks read it before, and {readers} would now"
     for name in ("num_workers", "micro_batch_size"):
         if loader[name] != getattr(flags, name):
             return f"{flags.spelling(name)} was {loader[name]}, and is {getattr(flags, name)} now"
     return None
 
 
-def loader_state(loader: Any, flags: TrainFlags) -> dict[str, Any]:
-    """`{"loader": …}` with each rank's position in its stream; all ranks call this. Empty for a map-style dataset.
+def loader_state(loader: Any, job: TrainingJob) -> dict[str, Any]:
+    """`{"loader": …}` with the position of each data-parallel rank in its stream; all ranks call this. Empty for a
+    map-style dataset.
 
     Raises:
         UserError: on every rank, if the dataset's state cannot be stored.
@@ -182,6 +187,10 @@ def loader_state(loader: Any, flags: TrainFlags) -> dict[str, Any]:
         mine = loader.state_dict()
     if mine is None:
         return {}
-    everyones = everywhere(mine)
+    flags, everyones = job.flags, everywhere(mine)
+    places = [job.parallel.place(r, len(everyones)) for r in range(len(everyones))]
+    everyones = [
+        one for one, place in zip(everyones, places, strict=True) if not (place.pp or place.cp or place.tp)
+    ]
     sizes = {"num_workers": flags.num_workers, "micro_batch_size": flags.micro_batch_size}
     return {"loader": {**sizes, "ranks": everyones}}

@@ -141,7 +141,8 @@ def _train_rank(job: TrainingJob, dataset: Any, member: Membership) -> int:
             log.log(logging.WARNING if finding.level == "warning" else logging.INFO, "%s", finding)
         if job.flags.use_deter_comp:
             accelerator.deterministic()
-        accelerator.seed_all(job.flags.seed + rank)
+        # Ranks that share tensors drop the same elements of what each of them has whole.
+        accelerator.seed_all(job.flags.seed + rank // job.parallel.tp)
         with StopSignal(member.children.terminate if member.children else None) as stop:
             stopped = Trainer(job, accelerator, run, dataset, resume).train(lambda: stop.requested)
         # Only an orderly end: after a failure the peers may stand in a collective, and waiting for them would hang.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from mm_core.accelerator import Accelerator
+from mm_core.sharding.mesh import ParallelMesh
 from mm_core.sharding.participation import participation_of
 from mm_core.sharding.plan import ShardingError, bare_name
-from mm_core.training.sums import ReducedSums, StepTotals
+from mm_core.training.sums import ReducedSums, StepSums, StepTotals
+from mm_core.training.tasks.base import Task
+from mm_core.weights.agreement import everywhere
 
 
 class NonFiniteLossError(RuntimeError):
@@ -64,6 +68,35 @@ class GradientExchange:
         )
 
 
+class Passes:
+    """Forward and backward passes of the micro batches of one optimizer step, one after the other.
+
+    Args:
+        model: what the task is given.
+        task: see `mm_core.training.tasks.base.Task`.
+        exchange: of the gradients.
+        accumulation: micro batches of a step.
+    """
+
+    def __init__(self, model: nn.Module, task: Task, exchange: GradientExchange, accumulation: int) -> None:
+        self.model, self.task, self.exchange, self.accumulation = model, task, exchange, accumulation
+
+    def run(self, micro_batches: Iterable[Any], sums: StepSums) -> None:
+        """Leave the gradients of the sum of all losses, a mean over FSDP's ranks, and add to the step's sums.
+
+        Args:
+            micro_batches: as `Task.prepare` yields them.
+        """
+        count = 0
+        for count, inputs in enumerate(micro_batches, start=1):
+            outputs = self.task.forward(self.model, inputs)
+            losses, weights, metrics = self.task.loss(outputs, inputs)
+            self.exchange.begin(count - 1)
+            losses.sum().backward()
+            sums.add(losses, weights, metrics, self.task.tokens(inputs))
+        assert count == self.accumulation, f"the task made {count} of {self.accumulation} micro batches"
+
+
 class UnusedParameters:
     """Parameters that no micro batch of the global batch needed have no gradient, as in one process.
 
@@ -73,9 +106,11 @@ class UnusedParameters:
     Args:
         roots: FSDP roots that hold the parameters.
         device: of the step's sums.
+        stages: pipeline stages. Each has parameters of its own, which its own ranks settle among themselves.
     """
 
-    def __init__(self, roots: Iterable[nn.Module], device: torch.device) -> None:
+    def __init__(self, roots: Iterable[nn.Module], device: torch.device, stages: int = 1) -> None:
+        self._ranks = dist.get_world_size() // stages
         self.shares = [(root, share) for root in roots if (share := participation_of(root)) is not None]
         self.parameters = [
             {bare_name(name): p for name, p in root.named_parameters() if p.requires_grad}
@@ -106,6 +141,22 @@ class UnusedParameters:
         own[-2:] = [float(disorder), float(disorder**2)]
         return torch.tensor(own, device=self._all.device)
 
+    def settle(self, groups: Iterable[dist.ProcessGroup]) -> torch.Tensor:
+        """Sum `numbers()` over the ranks of this stage, and drop what none of them needed.
+
+        Args:
+            groups: over which, one after the other, a sum becomes that of the stage.
+
+        Returns:
+            1 where `mismatch` is true, else 0, `[1]` fp32.
+        """
+        own = self.numbers().clone()
+        if len(own):
+            for group in groups:
+                dist.all_reduce(own, group=group)
+            self.drop(own)
+        return self.mismatch(own, self._ranks).float().view(1)
+
     def drop(self, reduced: torch.Tensor) -> None:
         """Forget the zeros of parameters that no rank needed.
 
@@ -120,16 +171,49 @@ class UnusedParameters:
                 parameter.grad = None
 
     @staticmethod
-    def mismatch(reduced: torch.Tensor) -> torch.Tensor:
+    def mismatch(reduced: torch.Tensor, ranks: int | None = None) -> torch.Tensor:
         """Whether some ranks found units in another order than the plan's and others did not, in the same pass; 0-d.
 
         Those others skipped the units, in the plan's order.
+
+        Args:
+            reduced: sums of `numbers()`.
+            ranks: over so many of them; all by default.
         """
         if not len(reduced):
             return torch.zeros((), device=reduced.device, dtype=torch.bool)
         numbers, squares = reduced[-2], reduced[-1]
-        same: torch.Tensor = dist.get_world_size() * squares == numbers**2  # numbers that differ vary
+        same: torch.Tensor = (
+            ranks or dist.get_world_size()
+        ) * squares == numbers**2  # numbers that differ vary
         return ~same
+
+
+class SumsExchange:
+    """Makes the sums of a step those of all ranks, and settles whose gradients nobody needs.
+
+    Args:
+        unused: the parameters of this rank.
+        mesh: of the model. Pipeline stages have parameters of their own, and only the last one has losses.
+    """
+
+    def __init__(self, unused: UnusedParameters, mesh: ParallelMesh) -> None:
+        self.unused, self.mesh = unused, mesh
+        self._names: list[str] | None = None  # of the metrics, which the stages agree on in the first step
+
+    def reduce(
+        self, sums: StepSums, stop: bool, *, save_failed: bool = False
+    ) -> tuple[ReducedSums, torch.Tensor]:
+        """The sums, and whether units ran in orders that do not go together (0-d); all ranks call this."""
+        if self.mesh.pp is None:
+            reduced = sums.reduce(stop, self.unused.numbers(), save_failed=save_failed)
+            self.unused.drop(reduced.others)
+            return reduced, self.unused.mismatch(reduced.others)
+        if self._names is None:
+            self._names = sorted({name for names in everywhere(list(sums.metrics)) for name in names})
+        settled = self.unused.settle(self.mesh.stage_groups)
+        reduced = sums.reduce(stop, settled, save_failed=save_failed, names=self._names)
+        return reduced, reduced.others[0] > 0
 
 
 @dataclass

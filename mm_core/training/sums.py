@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,19 +51,27 @@ class StepSums:
             self.metrics[name] = self.metrics.get(name, torch.zeros_like(self.loss)) + value.detach()
 
     def reduce(
-        self, stop: bool, others: torch.Tensor | None = None, *, save_failed: bool = False
+        self,
+        stop: bool,
+        others: torch.Tensor | None = None,
+        *,
+        save_failed: bool = False,
+        names: Collection[str] | None = None,
     ) -> ReducedSums:
         """Sum over all ranks. Every rank must have the same metric names.
 
         Args:
             others: more numbers to be summed, `[N]`, fp32, on the same device.
+            names: of the metrics; by default those that were added. A stage without losses has none of its own.
         """
-        names = sorted(self.metrics)
+        names = sorted(self.metrics if names is None else names)
+        unknown = sorted(self.metrics.keys() - set(names))
+        assert not unknown, f"metrics that no other rank knows of: {unknown}"
         numbers = torch.stack(
             [
                 self.loss,
                 self.weight,
-                *(self.metrics[name] for name in names),
+                *(self.metrics.get(name, self.loss.new_zeros(())) for name in names),
                 # Not new_tensor: a copy from the host waits for the device.
                 self.loss.new_full((), float(stop)),
                 self.loss.new_full((), float(save_failed)),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from mm_core.config import TrainingJob
 from mm_core.config.document import expanded
 from mm_core.data import build_loader
 from mm_core.data.streams import is_streamed
-from mm_core.models.factory import build_sora_model
+from mm_core.models.factory import build_model
 from mm_core.models.text_encoders import check_vocabulary
 from mm_core.observe.callback import Callback, RunContext, StepRecord
 from mm_core.observe.console import ConsoleProgress, human_count, show
@@ -32,6 +32,7 @@ from mm_core.observe.step_log import StepLog
 from mm_core.sharding.table import plan_texts
 from mm_core.training.changes import identity, learning_rate
 from mm_core.training.ema import ExponentialAverage
+from mm_core.training.expert_load import ExpertLoadLog
 from mm_core.training.export import Exported, check_export, export
 from mm_core.training.gradients import scale_and_clip
 from mm_core.training.initial_weights import load_initial_weights
@@ -39,12 +40,22 @@ from mm_core.training.optimizer import build_optimizer
 from mm_core.training.resume import Resume, find_resume, loader_state
 from mm_core.training.run_folder import RunFolder
 from mm_core.training.saving import CheckpointSaver
-from mm_core.training.step import GradientExchange, StepReport, UnusedParameters, sharded_roots
+from mm_core.training.step import (
+    GradientExchange,
+    Passes,
+    StepReport,
+    SumsExchange,
+    UnusedParameters,
+    sharded_roots,
+)
 from mm_core.training.sums import StepSums
 from mm_core.weights.retention import Retention
 from mm_core.weights.stored import StoredWeights
 from mm_core.weights.writing import Contents
 from mm_registry import default_manager
+
+if TYPE_CHECKING:
+    from mm_core.training.pipeline import PipelineStep
 
 log = logging.getLogger(__name__)
 
@@ -80,33 +91,38 @@ class Trainer:
         # How each component's weights lay in the folder that they came from.
         self.stored = resume.stored if resume else {}
         self.exported_at = -1
-        self.accumulation = flags.accumulation_steps(self.world_size)
+        sizes = job.parallel
+        self.accumulation = flags.accumulation_steps(sizes.data_parallel(self.world_size))
 
-        self.model = build_sora_model(job.components, device=self.device, hooks=job.hooks)
+        self.model = build_model(job.components, device=self.device, hooks=job.hooks)
         tokenizer_size = getattr(dataset, "tokenizer_size", None)
-        if tokenizer_size is not None and self.model.text_encoder is not None:
-            check_vocabulary(self.model.text_encoder, tokenizer_size, tokenizer="tokenizer_config")
-        self.model.fully_shard(None, job.fsdp2)
-        initial = load_initial_weights(self.model.predictor, job, self.device)
-        if initial is not None:
-            self.stored["predictor"] = initial
+        text_encoder = getattr(self.model, "text_encoder", None)
+        if tokenizer_size is not None and text_encoder is not None:
+            check_vocabulary(text_encoder, tokenizer_size, tokenizer="tokenizer_config")
+        self.model.fully_shard(None, job.fsdp2, sizes)
+        self.mesh = mesh = self.model.parallel_mesh
+        self.trained = trained = self.model.trained
+        for name, module in trained.items():
+            initial = load_initial_weights(module, name, job, self.device)
+            if initial is not None:
+                self.stored[name] = initial
         self.model.train()
-        self.parameters = [p for p in self.model.predictor.parameters() if p.requires_grad]
+        self.parameters = [p for module in trained.values() for p in module.parameters() if p.requires_grad]
         # With `clip_grad_async` the host never waits for a step: a bad one is skipped on the device and noticed a step later.
         self.clip_grad_async = job.model.patch.clip_grad_async
         self.optimizer = build_optimizer(self.parameters, flags, skips_on_device=self.clip_grad_async)
         roots = sharded_roots(self.model, self.model.sharding_plans)
         self.exchange = GradientExchange(roots, self.model.device_mesh, self.accumulation)
-        self.unused = UnusedParameters(roots, self.device)
+        self.exchange_of_sums = SumsExchange(UnusedParameters(roots, self.device, sizes.pp), mesh)
         self.failed = torch.zeros(
             (), device=self.device
         )  # 1 once a step was bad: none after it changes a weight
         self.reports: deque[StepReport] = deque()  # steps whose numbers were not read yet
         self.learning_rate = learning_rate(flags)
-        trained = {"predictor": self.model.predictor}
         self.ema = None if flags.ema_decay is None else ExponentialAverage(trained, flags.ema_decay)
         task = mm_core.TASK_MAPPINGS[job.components["task"].model_id]
         self.task = task(self.model, seed=flags.seed, device=self.device)
+        self.passes = self._build_passes()
         if resume is not None:
             resume.restore(trained, self.optimizer, self.ema, flags)
         # What is built or started from here on may draw, and would do so once more than in a run that was not interrupted.
@@ -116,8 +132,8 @@ class Trainer:
             dataset,
             job.data,
             seed=flags.seed,
-            dp_rank=self.rank,
-            dp_size=self.world_size,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
             micro_batch_size=flags.micro_batch_size,
             global_batch_size=flags.global_batch_size,
             num_workers=flags.num_workers,
@@ -133,7 +149,9 @@ class Trainer:
     # -- building ---------------------------------------------------------------------------------------------------
 
     def _build_callbacks(self) -> list[Callback]:
-        callbacks: list[Callback] = [ConsoleProgress(), StepLog(self.flags.global_batch_size)]
+        callbacks: list[Callback] = [
+            ExpertLoadLog(self.device), ConsoleProgress(), StepLog(self.flags.global_batch_size),
+        ]  # fmt: skip
         if self.run is not None:
             if self.rank == 0:
                 self.run.cut_metrics(self.step)
@@ -150,6 +168,14 @@ class Trainer:
             callback: Any = default_manager().load(spec)
             callbacks.append(callback())
         return callbacks
+
+    def _build_passes(self) -> Passes | PipelineStep:
+        """What runs the forward and backward passes of a step."""
+        if self.mesh.pp is None:
+            return Passes(self.model, self.task, self.exchange, self.accumulation)
+        from mm_core.training.pipeline import PipelineStep  # few jobs have stages
+
+        return PipelineStep(self.model, self.task, self.mesh, self.accumulation, self.device, self.exchange)
 
     def _build_saver(self, run: RunFolder) -> CheckpointSaver:
         flags = self.flags
@@ -173,7 +199,7 @@ class Trainer:
             **self.job.resolved(),
             "fingerprint": default_manager().fingerprint(),
             "sharding": {
-                path or ".": plan.as_dict(shards, self.world_size)
+                path or ".": plan.as_dict(shards, self.model.device_mesh.size())
                 for path, plan in self.model.sharding_plans.items()
             },
         }
@@ -237,24 +263,17 @@ class Trainer:
         flags = self.flags
         indices: list[int] = []
         sums = StepSums(self.device)
-        count = 0
-        for count, inputs in enumerate(self.task.prepare(self._micro_batches(indices)), start=1):
-            outputs = self.task.forward(self.model, inputs)
-            losses, weights, metrics = self.task.loss(outputs, inputs)
-            self.exchange.begin(count - 1)
-            losses.sum().backward()
-            sums.add(losses, weights, metrics, self.task.tokens(inputs))
-        assert count == self.accumulation, f"the task made {count} of {self.accumulation} micro batches"
+        micro_batches = self.task.prepare(self._micro_batches(indices))
+        self.passes.run(micro_batches, sums)
         save_failed = self.saver is not None and self.saver.failed
-        reduced = sums.reduce(stop_requested(), self.unused.numbers(), save_failed=save_failed)
-        self.unused.drop(reduced.others)
+        reduced, mismatch = self.exchange_of_sums.reduce(sums, stop_requested(), save_failed=save_failed)
 
-        # FSDP averages gradients over the ranks; what is wanted is their sum divided by the weight of the whole global batch.
-        norm = scale_and_clip(self.parameters, self.world_size / reduced.weight, flags.clip_grad)
+        # FSDP takes the mean of gradients over its ranks; what is wanted is their sum divided by the weight of the whole
+        # global batch. Ranks that share tensors compute one loss together, and each of them counts its weight.
+        scale = self.model.device_mesh.size() * self.mesh.sizes.tp / reduced.weight
+        norm = scale_and_clip(self.parameters, scale, flags.clip_grad, self.mesh.pp_group)
         rate = self.learning_rate(self.step + 1)
-        report = StepReport(
-            self.step + 1, reduced, norm, self.unused.mismatch(reduced.others), self.rank, indices, rate
-        )
+        report = StepReport(self.step + 1, reduced, norm, mismatch, self.rank, indices, rate)
         report.send(self.accelerator)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -293,7 +312,8 @@ class Trainer:
                 lr=report.rate,
                 seconds=report.seconds,
                 samples_per_second=self.flags.global_batch_size / report.seconds,
-                tokens_per_second=total.tokens / report.seconds,
+                # Ranks that share a sequence or tensors count the same ones.
+                tokens_per_second=total.tokens / (self.mesh.sizes.cp * self.mesh.sizes.tp) / report.seconds,
                 memory_bytes=self.accelerator.max_memory_bytes(),
                 consumed_samples=report.consumed_samples,
                 extra={name: value / total.weight for name, value in total.metrics.items()},
@@ -312,7 +332,8 @@ class Trainer:
         if self.saver is None:
             return
         optimizer = None if self.flags.no_save_optim else self.optimizer
-        contents = Contents(self.saved_modules(), optimizer, self.state(), not self.flags.no_save_rng)
+        modules, rng = self.saved_modules(), not self.flags.no_save_rng
+        contents = Contents(modules, optimizer, self.state(), rng, self.mesh.sizes.pp, self.mesh.told_stage)
         self.saver.save(self.step, contents)
 
     def export(self) -> None:
@@ -324,14 +345,19 @@ class Trainer:
 
     def exported(self) -> dict[str, Exported]:
         """What `--save-hf` writes: what is trained, and its averages."""
-        name = "predictor"
-        averages = None if self.ema is None else self.ema.tensors(name)
-        stored = self.stored.get(name, StoredWeights())
-        return {name: Exported(self.model.predictor, self.job.components[name], stored, averages)}
+        return {
+            name: Exported(
+                module,
+                self.job.components[name],
+                self.stored.get(name, StoredWeights()),
+                None if self.ema is None else self.ema.tensors(name),
+            )
+            for name, module in self.trained.items()
+        }
 
     def saved_modules(self) -> dict[str, nn.Module]:
         """The modules of a checkpoint: what is trained, and its averages."""
-        return {"predictor": self.model.predictor, **(self.ema.modules() if self.ema is not None else {})}
+        return {**self.trained, **(self.ema.modules() if self.ema is not None else {})}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside tensors and generators (all ranks call it)."""
@@ -346,19 +372,25 @@ class Trainer:
             "seed": self.flags.seed,
             **self.identity,
             **{name: value for name, value in optional.items() if value is not None},
-            **loader_state(self.loader, self.flags),
+            **loader_state(self.loader, self.job),
         }
 
     def _describe(self) -> None:
         if self.rank == 0:
             shards = self.model.device_mesh.size(-1)
-            show(plan_texts(self.model.sharding_plans, shards, self.world_size))
+            show(plan_texts(self.model.sharding_plans, shards, self.model.device_mesh.size()))
         trained = sum(p.numel() for p in self.parameters)
         log.info(
-            "training %s parameters on %d × %s (%s); global batch %d = %d ranks × micro batch %d × %d accumulated",
-            human_count(trained), self.world_size, self.device.type, dist.get_backend(), self.flags.global_batch_size,
-            self.world_size, self.flags.micro_batch_size, self.accumulation,
+            "training %s parameters%s on %d × %s (%s); global batch %d = %d %s × micro batch %d × %d accumulated",
+            human_count(trained), " of this stage" if self.mesh.pp is not None else "", self.world_size, self.device.type,
+            dist.get_backend(), self.flags.global_batch_size, self.mesh.dp_size,
+            "ranks" if self.mesh.dp_size == self.world_size else "groups of ranks", self.flags.micro_batch_size,
+            self.accumulation,
         )  # fmt: skip
+        if str(self.mesh.sizes):
+            log.info("one model is shared as %s", self.mesh.sizes)
+        if self.mesh.pp is not None:
+            log.info("%s", self.passes)
         log.info(
             "%s; %s",
             self.exchange,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     with_rng: bool = True,
+    elsewhere: Collection[str] = (),
 ) -> dict[str, Any]:
     """Read a checkpoint into modules and optimizer, in place; all ranks call this. Any number of ranks can
     read what any number wrote.
@@ -83,6 +84,7 @@ def load_checkpoint(
         optimizer: `None` leaves the stored one alone.
         with_rng: put back the states of the generators. A rank that did not exist then gets freshly keyed
             ones, and a line in the log.
+        elsewhere: stored names of tensors that other pipeline stages have (`predictor.blocks.0.…`).
 
     Returns:
         The `state` that was saved.
@@ -100,7 +102,7 @@ def load_checkpoint(
         content = read_state(checkpoint)
         stored = _stored_shapes(checkpoint)
         tensors = module_tensors(modules)
-        _check_modules(tensors, stored, modules, checkpoint)
+        _check_modules(tensors, stored, modules, checkpoint, elsewhere)
         named = None
         if optimizer is not None:
             if content["optimizer"] is None:
@@ -109,8 +111,8 @@ def load_checkpoint(
                     "resume with --no-load-optim."
                 )
             named = NamedOptimizer(optimizer, modules)
-            tensors |= named.prepare_states({name for name in stored if name.startswith(PREFIX)})
-            for change in named.restore_settings(content["optimizer"]):
+            tensors |= named.prepare_states({name for name in stored if name.startswith(PREFIX)}, elsewhere)
+            for change in named.restore_settings(content["optimizer"], elsewhere):
                 log.warning("the optimizer goes on with another setting than the checkpoint's: %s", change)
     with ranks_agree(what):
         _read_tensors(tensors, checkpoint)
@@ -190,9 +192,10 @@ def _check_modules(
     stored: Mapping[str, tuple[int, ...]],
     modules: Mapping[str, nn.Module],
     checkpoint: Path,
+    elsewhere: Collection[str] = (),
 ) -> None:
     prefixes = tuple(f"{name}." for name in modules)
-    offered = {name for name in stored if name.startswith(prefixes)}
+    offered = {name for name in stored if name.startswith(prefixes)}.difference(elsewhere)
     if not offered:
         names = sorted({name.split(".")[0] for name in stored} - {PREFIX.rstrip(".")})
         raise WeightsError(f"{checkpoint} has no {', '.join(modules)}, only {', '.join(names)}.")

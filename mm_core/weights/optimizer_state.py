@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class NamedOptimizer:
         scalars = {f"{name}.{key}": v for name, key, v in self._items() if not isinstance(v, torch.Tensor)}
         return {"groups": groups, "scalars": scalars}
 
-    def prepare_states(self, stored: set[str]) -> dict[str, torch.Tensor]:
+    def prepare_states(self, stored: set[str], elsewhere: Collection[str] = ()) -> dict[str, torch.Tensor]:
         """Make the states that a checkpoint will be read into, and return them as `tensors()` does.
 
         An optimizer makes its states in its first step. That step is taken here with zero gradients and
@@ -71,10 +71,12 @@ class NamedOptimizer:
 
         Args:
             stored: the checkpoint's keys under `optim.`
+            elsewhere: names of parameters that other pipeline stages have.
 
         Raises:
             WeightsError: the stored states are not those of this optimizer.
         """
+        stored = {key for key in stored if key.removeprefix(PREFIX).rpartition(".")[0] not in elsewhere}
         if any(p not in self.optimizer.state for p in self.names if p.requires_grad):
             self._first_step()
         for parameter, name in self.names.items():
@@ -90,8 +92,11 @@ class NamedOptimizer:
             )
         return tensors
 
-    def restore_settings(self, settings: Mapping[str, Any]) -> list[str]:
+    def restore_settings(self, settings: Mapping[str, Any], elsewhere: Collection[str] = ()) -> list[str]:
         """Put back the plain numbers of the states that `settings()` gave. Hyperparameters are this run's own.
+
+        Args:
+            elsewhere: as in `prepare_states`.
 
         Returns:
             A line for each hyperparameter that differs from the stored one, such as `weight_decay 0.01 → 0.1`;
@@ -103,7 +108,7 @@ class NamedOptimizer:
         groups = self.optimizer.param_groups
         stored = settings["groups"]
         same = len(groups) == len(stored) and all(
-            [self.names[p] for p in group["params"]] == entry["params"]
+            {self.names[p] for p in group["params"]} == set(entry["params"]).difference(elsewhere)
             for group, entry in zip(groups, stored, strict=True)
         )
         if not same:
@@ -146,6 +151,15 @@ class NamedOptimizer:
                 group["lr"] = rate
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
+
+
+def merged_settings(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What `settings()` of the stages of one model, in their order, would be of the whole model."""
+    groups = [
+        {**entries[0], "params": [name for entry in entries for name in entry["params"]]}
+        for entries in zip(*(part["groups"] for part in parts), strict=True)
+    ]
+    return {"groups": groups, "scalars": {name: v for part in parts for name, v in part["scalars"].items()}}
 
 
 def _plain(value: Any) -> Any:

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from mm_core.accelerator import Accelerator
 from mm_core.weights import layout
 from mm_core.weights.agreement import at_rank_0, everywhere, from_rank_0, rank, ranks_agree, world_size
-from mm_core.weights.optimizer_state import NamedOptimizer
+from mm_core.weights.optimizer_state import NamedOptimizer, merged_settings
 from mm_core.weights.retention import Retention
 from mm_core.weights.snapshot import HostBuffers
 from mm_core.weights.space import check_space
@@ -53,12 +53,16 @@ class Contents:
         optimizer: over parameters of these modules; `None` leaves it out.
         state: `step`, `consumed_samples` and `seed`, and whatever else must come back, JSON-able.
         with_rng: store the states of each rank's generators.
+        stages: pipeline stages that the modules are parts of.
+        stage: which of them this rank tells the optimizer's settings of; one rank of each stage does.
     """
 
     modules: Mapping[str, nn.Module]
     optimizer: torch.optim.Optimizer | None
     state: Mapping[str, Any]
     with_rng: bool = True
+    stages: int = 1
+    stage: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,17 @@ class CheckpointWriter:
         with ranks_agree(what, group=self._group):
             if fault := fault_of_state(contents.state):
                 raise ValueError(fault)
-            tensors, texts = _take(iteration, contents, self._accelerator)
+            named = (
+                None if contents.optimizer is None else NamedOptimizer(contents.optimizer, contents.modules)
+            )
+            settings = None if named is None else named.settings()
+        if contents.stages > 1:
+            told = everywhere((contents.stage, settings) if contents.stage is not None else None, self._group)
+            parts = dict(one for one in told if one is not None)
+            if settings is not None:
+                settings = merged_settings([parts[stage] for stage in range(contents.stages)])
+        with ranks_agree(what, group=self._group):
+            tensors, texts = _take(iteration, contents, named, settings, self._accelerator)
             signature = [(name, _kind(tensor)) for name, tensor in tensors.items()]
         if not all(everywhere(signature == self._signature, self._group)):
             self._signature = None
@@ -284,11 +298,19 @@ def module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
 
 
 def _take(
-    iteration: int, contents: Contents, accelerator: Accelerator
+    iteration: int,
+    contents: Contents,
+    named: NamedOptimizer | None,
+    settings: Mapping[str, Any] | None,
+    accelerator: Accelerator,
 ) -> tuple[dict[str, torch.Tensor], dict[str, bytes]]:
-    """The tensors, and the small files of this rank: name -> bytes."""
-    modules, optimizer = contents.modules, contents.optimizer
-    named = None if optimizer is None else NamedOptimizer(optimizer, modules)
+    """The tensors, and the small files of this rank: name -> bytes.
+
+    Args:
+        named: the optimizer.
+        settings: of the optimizer of all stages.
+    """
+    modules = contents.modules
     texts: dict[str, bytes] = {}
     if rank() == 0:
         content = {
@@ -297,7 +319,7 @@ def _take(
             "world_size": world_size(),
             "torch": torch.__version__,
             "modules": list(modules),
-            "optimizer": None if named is None else named.settings(),
+            "optimizer": settings,
             "state": dict(contents.state),
         }
         texts[STATE] = json.dumps(content, indent=1).encode()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from mm_core.config.fsdp2 import Fsdp2Config
-from mm_core.testing.live_bytes import LiveBytes
+from mm_core.planning.live_bytes import LiveBytes
 from mm_core.weights import load_hf_folder, materialize
 from mm_core.weights.tensors import local_part, state_tensors
 from tests.distributed.harness import run_ranks

@@ -9,6 +9,8 @@ from mm_core.config.component import ComponentConfig
 from mm_core.config.document import Document
 from mm_core.config.findings import Finding, Level, clip, show
 from mm_core.config.origin import KeyPath
+from mm_core.config.parallel import ParallelSizes
+from mm_core.config.pipeline_stages import idle_share, schedule_problem
 
 if TYPE_CHECKING:
     from mm_core.config.flags import TrainFlags  # many classes, which a single file does not need
@@ -29,7 +31,42 @@ def check_layers(
     virtual = flags.virtual_pipeline_model_parallel_size if flags is not None else 1
     yield from _check_pipeline(components, document, stages, virtual)
     if flags is not None:
+        yield from _check_even_stages(components, document, flags)
         yield from _check_heads(components, flags)
+
+
+def check_schedule(flags: TrainFlags, sizes: ParallelSizes, micro_batches: int) -> Iterator[Finding]:
+    """Micro batches of a step against pipeline stages: how many can be run, and how many keep the stages busy."""
+    if sizes.pp == 1:
+        return
+    problem = schedule_problem(micro_batches, sizes)
+    if problem is not None:
+        text, mend = problem
+        yield flags.finding("virtual_pipeline_model_parallel_size", "layers", text, mend)
+    elif micro_batches < sizes.pp:
+        few = f"{micro_batches} micro batch{'es' if micro_batches > 1 else ''} a step cannot keep {sizes.pp} pipeline stages busy"
+        yield Finding.at(
+            flags.origin("pipeline_model_parallel_size"),
+            "warning",
+            "layers",
+            f"{few}: each waits {idle_share(micro_batches, sizes):.0%} of the time",
+            path=flags.spelling("pipeline_model_parallel_size"),
+            suggestion="Raise --global-batch-size, or lower --micro-batch-size",
+        )
+
+
+def _check_even_stages(
+    components: Mapping[str, ComponentConfig], document: Document, flags: TrainFlags
+) -> Iterator[Finding]:
+    """Without `pipeline_num_layers` each stage still needs a block."""
+    path: KeyPath = ("predictor", _PIPELINE)
+    written = document.value(path) if document.has(path) else None
+    sizes, layers = ParallelSizes.of(flags), _layers(components)
+    stages = sizes.pp * sizes.vpp
+    if sizes.pp == 1 or layers is None or layers >= stages or written is not None:
+        return
+    text = f"{stages} stages cannot be made of the {layers} layers of {components['predictor'].label}"
+    yield flags.finding("pipeline_model_parallel_size", "layers", text, f"Use {layers} stages at most")
 
 
 def _check_pipeline(
@@ -119,4 +156,7 @@ def _check_heads(components: Mapping[str, ComponentConfig], flags: TrainFlags) -
     product = f"{flags.spelling('tensor_model_parallel_size')} {tensor} × {context} = " if both else ""
     text = f"{product}{size} ranks cannot share the {heads} heads of {predictor.label} equally"
     fits = [str(n) for n in range(1, size * 2) if heads % n == 0]
-    yield flags.finding(name, "heads", text, f"Their number must divide {heads}: {', '.join(fits)}")
+    mend = f"Their number must divide {heads}: {', '.join(fits)}"
+    if name == "context_parallel_size":
+        mend += f"; or use {flags.spelling('context_parallel_algo')} megatron_cp_algo, a ring that deals out no heads"
+    yield flags.finding(name, "heads", text, mend)

@@ -68,6 +68,23 @@ def two_ranks_equal_one(case: Case) -> None:
 
 
 @check(
+    "two ranks that share each sequence give the loss and gradients of one process",
+    stage="ranks",
+    roles=PREDICTOR,
+)
+def shared_sequences_equal_one(case: Case) -> None:
+    from mm_core.config.parallel import ParallelSizes
+
+    policy = builds.sharding_policy(case)
+    if policy is None or policy.context is None:
+        raise CheckSkipped("the policy does not say where sequences are split (context)")
+    reference = _one_process(case)
+    sizes = ParallelSizes(cp=2, cp_algo="ring")  # which any number of heads goes with
+    found = sharded.on_ranks(2, lambda: sharded.loss_and_gradients(case, parallel=sizes))[0]
+    sharded.must_agree(found, reference, 1e-4, "two ranks that share each sequence (context)")
+
+
+@check(
     "bf16 mixed precision on two ranks stays near fp32, with fp32 gradients", stage="ranks", roles=PREDICTOR
 )
 def mixed_precision_works(case: Case) -> None:

@@ -54,6 +54,13 @@ def policy_makes_a_plan(case: Case) -> None:
     policy = builds.sharding_policy(case)
     if policy is not None and policy.units and not plan.units:
         raise CheckFailed("none of the policy's units is left in the plan")
+    if plan.pipeline is not None:
+        from mm_core.config.parallel import ParallelSizes
+        from mm_core.sharding.pipeline import pipeline_problem
+
+        problem = pipeline_problem(module, plan, ParallelSizes())
+        if problem is not None:
+            raise CheckFailed(problem.removesuffix("."))
 
 
 @check("each parameter is in exactly one unit, or in the root, or ignored", stage="build", roles=PREDICTOR)
@@ -192,4 +199,53 @@ def fp32_inputs_are_arguments(case: Case) -> None:
         raise CheckFailed(
             f"fp32_inputs names {', '.join(wrong)}, which forward({', '.join(declared)}) does not have; it would be "
             "rounded to bf16"
+        )
+
+
+@check("two pipeline stages, one after the other, compute what the whole component does, and its gradients",
+       stage="build", roles=PREDICTOR)  # fmt: skip
+def stages_compute_the_whole(case: Case) -> None:
+    """What one hands to the other is what `stage_boundary` says."""
+    from mm_core.config.parallel import ParallelSizes
+    from mm_core.sharding.pipeline import StageCall, cut_for, pipeline_problem, stages_of
+
+    policy, whole, given = builds.sharding_policy(case), builds.lively(case), builds.inputs(case)
+    if policy is None or policy.pipeline is None:
+        raise CheckSkipped("the policy does not say where the component can be cut into pipeline stages")
+    sizes = ParallelSizes(pp=2)
+    problem = pipeline_problem(whole, plan_of(case, whole), sizes)
+    if problem is not None:
+        raise CheckFailed(problem.removesuffix("."))
+    expected = builds.run(case, whole, builds.copied(given))
+    expected.square().mean().backward()
+    wanted: Any = whole
+    boundary = wanted.stage_boundary(**builds.copied(given), dtype=torch.float32)
+    travelling: tuple[torch.Tensor, ...] = ()
+    stages: list[Any] = [builds.lively(case) for _ in range(sizes.pp)]
+    for rank, stage in enumerate(stages):
+        cut_for(stage, plan_of(case, stage), sizes, rank)
+        found = stages_of(stage)
+        assert found is not None
+        part = found.parts[0]
+        travelling = stage(
+            **builds.copied(given), stage=StageCall(part.first, part.last, part.blocks, travelling)
+        )
+        if not part.last and [t.shape for t in travelling] != [t.shape for t in boundary]:
+            shapes = [[list(t.shape) for t in tensors] for tensors in (boundary, travelling)]
+            raise CheckFailed(
+                f"stage_boundary says that {shapes[0]} travel, but the first stage returns {shapes[1]}"
+            )
+    output: Any = travelling
+    builds.must_be_close(output, expected, 1e-5, "the stages compute something else than the whole component")
+    output.square().mean().backward()
+    gradients = {name: p.grad for stage in stages for name, p in stage.named_parameters()}
+    for name, parameter in whole.named_parameters():
+        if parameter.grad is None:
+            continue
+        if gradients[name] is None:
+            raise CheckFailed(
+                f"{name} has no gradient in its stage: what comes of it does not travel, or without it"
+            )
+        builds.must_be_close(
+            gradients[name], parameter.grad, 1e-4, f"{name} has another gradient in its stage"
         )

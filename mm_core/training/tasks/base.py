@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
+
+from mm_core.config.component import ComponentConfig
 
 LossParts = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
@@ -37,4 +39,20 @@ class Task(Protocol):
 
     def tokens(self, inputs: Any) -> int:
         """How many tokens the trained model reads in this micro batch; for throughput alone."""
+        ...
+
+    @staticmethod
+    def example_batch(
+        components: Mapping[str, ComponentConfig],
+        *,
+        batch_size: int,
+        sequence_length: int | None = None,
+        device: torch.device | str = "meta",
+    ) -> Any:
+        """What `forward` takes, in the sizes that the job's sections say, with values that mean nothing; neither data nor
+        weights are needed. `mm plan` traces it, on the meta device.
+
+        Raises:
+            UserError: the sections do not tell the sizes.
+        """
         ...

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from mm_core.config.component import ComponentConfig
+from mm_core.config.latents import latent_channels
 from mm_core.models.sora import SoRAModel
 from mm_core.random import keyed_generator, keyed_normal
 from mm_core.training.tasks.base import LossParts
+from mm_registry.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,67 @@ class DiffusionTask:
         batch, _, *sizes = inputs.latents.shape
         patch = _patch_size(self.model.predictor)
         return batch * math.prod(-(-size // step) for size, step in zip(sizes, patch, strict=True))
+
+    @staticmethod
+    def example_batch(
+        components: Mapping[str, ComponentConfig],
+        *,
+        batch_size: int,
+        sequence_length: int | None = None,
+        device: torch.device | str = "meta",
+    ) -> DiffusionInputs:
+        """Inputs of `forward` in the sizes that the sections say, with values that mean nothing; no folder of weights is
+        needed.
+
+        The clip is as large as `preprocess_parameters` allows. Its latents have the channels that the autoencoder or the
+        predictor tells, and sides by `vae_scale_factor`; the prompt has `model_max_length` tokens of the predictor's width.
+
+        Args:
+            components: of the job.
+            sequence_length: has no meaning here: a clip's size says how many tokens it has.
+
+        Raises:
+            UserError: a section does not tell a size.
+        """
+        predictor, dataset = components["predictor"], components["dataset"]
+        clip = dataset.fields.get("preprocess_parameters") or {}
+        sizes: list[Any] = [clip.get(key) for key in ("num_frames", "max_height", "max_width")]
+        scale: Any = clip.get("vae_scale_factor")
+        if None in (*sizes, scale):
+            raise UserError(
+                f"{dataset.label}: its section does not tell how large a clip is (num_frames, max_height, max_width, "
+                "vae_scale_factor), which an example needs; only datasets with these keys have one"
+            )
+        ae = components.get("ae")
+        channels = (latent_channels(ae) if ae is not None else None) or _told(
+            predictor, "latent_channels", "out_dim"
+        )
+        frames, height, width = sizes
+        size = (channels, (frames - 1) // scale[0] + 1, height // scale[1], width // scale[2])
+        latents = torch.randn(batch_size, *size, device=device)
+        tokenizer = dataset.fields.get("tokenizer_config") or {}
+        length = tokenizer.get("model_max_length") or _told(predictor, "text_len")
+        prompt = torch.randn(batch_size, length, _told(predictor, "text_width", "text_dim"), device=device)
+        mask = torch.ones(batch_size, length, dtype=torch.int64, device=device)
+        return DiffusionInputs(
+            latents=latents,
+            noised_latents=latents,
+            noise=latents,
+            timesteps=torch.full((batch_size,), 500.0, device=device),
+            conditions={"prompt": prompt, "prompt_mask": mask},
+        )
+
+
+def _told(component: ComponentConfig, *names: str) -> int:
+    """A size that a component's config class or its section tells."""
+    for name in names:
+        for value in (getattr(component.config, name, None), component.fields.get(name)):
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    raise UserError(
+        f"{component.label}: neither its section nor its config class tells {' or '.join(names)}, which an example needs; "
+        f"give the config class a property {names[0]}"
+    )
 
 
 def _patch_size(predictor: Any) -> tuple[int, ...]:

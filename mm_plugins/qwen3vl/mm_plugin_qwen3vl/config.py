@@ -5,15 +5,17 @@ The network is described by config.json of `init_from_hf_path`. What files of Mi
 Megatron's own checks, and builds nothing.
 """
 
+import functools
+import math
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from mm_core.config.keys import Legacy, NoEffect, NotYet
 from mm_core.config.origin import KeyPath
 from mm_core.config.section import SectionModel
-from mm_core.config.transformers_model import TransformersFamilyConfig
+from mm_core.config.transformers_model import ExampleImage, TransformersFamilyConfig
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -23,8 +25,11 @@ _SYNCHRONIZE = NoEffect("memory is reused between streams without waiting for th
 _RECOMPUTE = NoEffect("recomputation is chosen in fsdp2.yaml or by --recompute-granularity")
 
 AttentionImplementation = Annotated[
-    Literal["flash_attention_2", "flash_attention_3", "sdpa", "eager"],
-    Field(description="transformers' name of the attention to use."),
+    Literal["flash_attention_2", "flash_attention_3", "sdpa", "eager"] | None,
+    Field(
+        description="transformers' name of the attention to use; default: `sdpa`, torch's own, which has fused kernels and "
+        "needs no package."
+    ),
 ]
 AttentionLayout = Annotated[
     Literal["TND", "BNSD", "BSND", "BSH", "SBH"],
@@ -62,7 +67,7 @@ class VisionEncoderConfig(SectionModel):
     ffn_hidden_size: Annotated[
         PositiveInt | None, _MEGATRON, Field(description="Width inside the feed-forward layers.")
     ] = None
-    attn_implementation: AttentionImplementation = "flash_attention_2"
+    attn_implementation: AttentionImplementation = None
     attn_layout: AttentionLayout = "TND"
     synchronize_per_layer: SynchronizePerLayer = False
     synchronize: Synchronize = None
@@ -88,8 +93,8 @@ class VisionProjectorConfig(SectionModel):
     freeze: Annotated[
         bool,
         Field(
-            description="Whether the merger of the vision tower stays as it is. MindSpeed-MM freezes the mergers of "
-            "deepstack by no key."
+            description="Whether the mergers of the vision tower stay as they are, those of deepstack too (MindSpeed-MM "
+            "freezes those by no key)."
         ),
     ]
     num_layers: Annotated[PositiveInt | None, _MEGATRON, Field(description="Layers.")] = None
@@ -127,7 +132,7 @@ class TextDecoderConfig(SectionModel):
     max_position_embeddings: Annotated[
         PositiveInt | None, _MEGATRON, Field(description="Longest sequence, in tokens.")
     ] = None
-    attn_implementation: AttentionImplementation = "flash_attention_2"
+    attn_implementation: AttentionImplementation = None
     attn_layout: AttentionLayout = "TND"
     is_causal: Annotated[
         bool,
@@ -181,7 +186,51 @@ _SAME: Mapping[KeyPath, KeyPath] = {
 }
 
 
-class Qwen3VLConfig(TransformersFamilyConfig):
+class _Qwen3VLConfig(TransformersFamilyConfig):
+    """What both families say of the network."""
+
+    def frozen_modules(self) -> tuple[str, ...]:
+        """Return the parts that the three `freeze` keys name."""
+        vision, text = _section(self, *_VISION), _section(self, *_TEXT)
+        frozen: list[str] = []
+        if vision.freeze:
+            frozen += [f"model.visual.{part}" for part in ("patch_embed", "pos_embed", "blocks")]
+        if _section(self, "image_encoder", "vision_projector").freeze:
+            frozen += ["model.visual.merger", "model.visual.deepstack_merger_list"]
+        if text.freeze:
+            frozen += ["model.language_model", "lm_head"]
+        return tuple(frozen)
+
+    def attention_implementations(self) -> Mapping[str, str]:
+        """Return what the two `attn_implementation` keys ask for."""
+        asked = {
+            "vision_config": _section(self, *_VISION).attn_implementation,
+            "text_config": _section(self, *_TEXT).attn_implementation,
+        }
+        return {part: name for part, name in asked.items() if name is not None}
+
+    def example_image(self, config: Mapping[str, Any], area: int, room: int) -> ExampleImage | None:
+        """Return the sizes of a square image: sides of whole merged patches, as the processor makes them."""
+        vision = config.get("vision_config", {})
+        try:
+            patch, merge, frames = (
+                vision[key] for key in ("patch_size", "spatial_merge_size", "temporal_patch_size")
+            )
+            channels, token_id = vision.get("in_channels", 3), config["image_token_id"]
+        except KeyError:
+            return None
+        side = min(math.isqrt(area) // (patch * merge), math.isqrt(room))
+        if side < 1:
+            return None
+        rows = side * merge
+        return ExampleImage((1, rows, rows), channels * frames * patch**2, side**2, token_id)
+
+
+def _section(config: Any, *path: str) -> Any:
+    return functools.reduce(getattr, path, config)
+
+
+class Qwen3VLConfig(_Qwen3VLConfig):
     """A transformers model with `model_id: qwen3_vl`: the dense Qwen3-VL models."""
 
     hf_model_type: ClassVar[str] = "qwen3_vl"
@@ -191,7 +240,7 @@ class Qwen3VLConfig(TransformersFamilyConfig):
     text_decoder: Annotated[TextDecoderConfig, Field(description="The language model.")]
 
 
-class Qwen3VLMoeConfig(TransformersFamilyConfig):
+class Qwen3VLMoeConfig(_Qwen3VLConfig):
     """A transformers model with `model_id: qwen3_vl_moe`: the Qwen3-VL models with experts."""
 
     hf_model_type: ClassVar[str] = "qwen3_vl_moe"

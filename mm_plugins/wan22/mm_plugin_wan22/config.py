@@ -119,8 +119,10 @@ class WanDiTConfig(SectionModel):
     ] = False
     pipeline_num_layers: Annotated[
         list[int] | list[list[int]] | None,
-        NoEffect("layers are sharded by FSDP2, not cut into pipeline stages"),
-        Field(description="Blocks of each pipeline stage."),
+        Field(
+            description="Blocks of each pipeline stage, or of each part of the stages for interleaved ones; without "
+            "--pipeline-model-parallel-size it does nothing. None: dealt out evenly."
+        ),
     ] = None
     fa_layout: Annotated[
         str, NoEffect(_KERNELS), Field(description="Order of axes in Ascend's fused attention.")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mm_core.sharding.policy import ShardingPolicy
+from mm_core.sharding.context_policy import ContextPolicy
+from mm_core.sharding.policy import PipelinePolicy, ShardingPolicy
 
 # MindSpeed-MM's module names, as its fsdp2.yaml files and LoRA targets use them. Longer paths win over their
 # prefixes.
@@ -39,6 +40,17 @@ ALIASES = {
 # MindSpeed-MM's `norm3` of a block is diffusers' `norm2`. It is not an alias: `norm3` is also a name of
 # diffusers' own block.
 
+CONTEXT = ContextPolicy(
+    attention=("blocks.{*}.attn1",),
+    split_inputs={
+        "": {"timestep": 1},  # one a token, or [B], which stays whole
+        "blocks.0": {"hidden_states": 1},
+    },
+    split_outputs={"rope": 1},  # both tables are [1, S, 1, D]
+    gather_outputs={"proj_out": 1},
+)
+"""Tokens are split after the patch embedding and gathered before they become a video again; the text stays whole."""
+
 WANDIT = ShardingPolicy(
     units=("blocks.{*}",),
     aligned=tuple(
@@ -47,6 +59,12 @@ WANDIT = ShardingPolicy(
         for norm in ("norm_q", "norm_k")
     ),
     aliases=ALIASES,
+    context=CONTEXT,
+    pipeline=PipelinePolicy(
+        blocks="blocks",
+        first=("patch_embedding", "condition_embedder"),
+        last=("scale_shift_table", "proj_out"),
+    ),
 )
 """What holds for every section."""
 

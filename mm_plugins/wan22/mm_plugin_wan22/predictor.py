@@ -4,7 +4,7 @@ WanTransformer3DModel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, Wan
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mm_core.sharding.pipeline import StageCall
 from mm_plugin_wan22.patch_embedding import LinearPatchEmbedding
+from mm_plugin_wan22.stage import Travelling, boundary, run_stage
 from mm_plugin_wan22.weights import config_differences
 from mm_registry.errors import UserError
 
@@ -39,8 +41,8 @@ class WanDiT(WanTransformer3DModel):
         ffn_dim, freq_dim, text_dim, num_layers, cross_attn_norm, eps: as upstream's.
         qk_norm, qk_norm_type: must be True and `rmsnorm`; upstream always builds these norms.
         max_seq_len: length of the rotary table, the most tokens along one axis.
-        attention_async_offload, recompute_granularity, recompute_method, recompute_num_layers: without effect on the
-            module; the sharding policy reads them from the section.
+        attention_async_offload, recompute_granularity, recompute_method, recompute_num_layers, pipeline_num_layers:
+            without effect on the module; how it is sharded follows from the section.
 
     Raises:
         UserError: a model type or norm that this class does not compute.
@@ -69,6 +71,7 @@ class WanDiT(WanTransformer3DModel):
         recompute_granularity: str | None = None,
         recompute_method: str | None = None,
         recompute_num_layers: int | None = None,
+        pipeline_num_layers: list[int] | list[list[int]] | None = None,
     ) -> None:
         if model_type not in MODEL_TYPES:
             raise UserError(
@@ -109,8 +112,10 @@ class WanDiT(WanTransformer3DModel):
         timestep: torch.Tensor,
         prompt: torch.Tensor | list[torch.Tensor],
         prompt_mask: torch.Tensor | list[torch.Tensor] | None = None,
+        *,
+        stage: StageCall | None = None,
         **conditions: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Travelling:
         """Predict the velocity (noise - video) of noised latents.
 
         Args:
@@ -120,9 +125,10 @@ class WanDiT(WanTransformer3DModel):
                 Wan has one.
             prompt_mask: `[B, L]`, 1 for tokens of the prompt; embeddings elsewhere are replaced by zeros.
                 None keeps all.
+            stage: which pipeline stage to run, with what the one before returned; all of them by default.
 
         Returns:
-            `[B, C, T, H, W]` in the parameters' dtype.
+            `[B, C, T, H, W]` in the parameters' dtype; of a stage that is not the last, what `stage_boundary` says.
 
         Raises:
             UserError: sizes that the patch does not divide, longer than the rotary table, or a prompt longer
@@ -133,13 +139,31 @@ class WanDiT(WanTransformer3DModel):
             raise TypeError(f"wandit (text to video) takes no condition {', '.join(sorted(conditions))}")
         self._check_sizes(latents)
         text = self._prepare_text(_single(prompt), None if prompt_mask is None else _single(prompt_mask))
-        weight = self.condition_embedder.text_embedder.linear_1.weight
-        if not isinstance(
-            weight, DTensor
-        ):  # else it is a unit that FSDP has yet to gather, perhaps in another dtype
-            text = text.to(weight.dtype)
+        if stage is None or stage.first:
+            weight = self.condition_embedder.text_embedder.linear_1.weight
+            # A DTensor is a unit that FSDP has yet to gather, perhaps in another dtype.
+            text = text if isinstance(weight, DTensor) else text.to(weight.dtype)
+        if stage is not None:
+            return run_stage(self, stage, latents, timestep, text)
         output: torch.Tensor = super().forward(latents, timestep, text, return_dict=False)[0]
         return output
+
+    def stage_boundary(
+        self,
+        latents: torch.Tensor,
+        timestep: torch.Tensor,
+        *_: Any,
+        dtype: torch.dtype,
+        share: Callable[[int], int] = int,
+        **__: Any,
+    ) -> Travelling:
+        """What a pipeline stage hands to the next, given the arguments of `forward`: see `mm_plugin_wan22.stage`.
+
+        Args:
+            dtype: that the model computes in.
+            share: how many of so many tokens this rank has.
+        """
+        return boundary(self.config, latents, timestep, self.text_len, dtype, share)
 
     def _check_sizes(self, latents: torch.Tensor) -> None:
         if latents.shape[1] != self.config.in_channels:
@@ -188,6 +212,8 @@ class WanDiT(WanTransformer3DModel):
         if module is not self and not isinstance(module, WanTransformerBlock):
             return False
         table = module.scale_shift_table  # [1, 2 or 6, D]
+        if table is None:  # another pipeline stage has it
+            return True
         nn.init.normal_(table, std=table.shape[-1] ** -0.5)
         return True
 

@@ -152,7 +152,7 @@ def test_flags_of_a_classic_inference_script(received: dict[str, Any], tmp_path:
     [
         (
             "--context-parallel-size 4",
-            "--context-parallel-size: 4: this kind of parallelism is not available yet",
+            "--context-parallel-size: 4: only 1 is accepted: videos are made by one process",
         ),
         ("--lora-target-modules q", '--lora-target-modules: ["q"]: LoRA is not available yet'),
         ("--nproc-per-node 8", "--nproc-per-node: 8: only 1 is accepted: videos are made by one process"),

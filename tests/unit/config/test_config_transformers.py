@@ -40,9 +40,9 @@ def model(**text_decoder: Any) -> dict[str, Any]:
 
 
 def check(write: Write, data: dict[str, Any]) -> list[str]:
-    """Errors and warnings of a file, without the one that nothing can be trained."""
+    """Errors and warnings of a file."""
     found = check_file(write("model.json", json.dumps(data, indent=1)))
-    return [str(f) for f in found if f.level != "note" and "cannot be trained yet" not in f.message]
+    return [str(f) for f in found if f.level != "note"]
 
 
 @pytest.fixture
@@ -55,9 +55,20 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_correct_file_fits_its_folder(write: Write, folder: Path) -> None:
     assert check(write, model(num_query_groups=8, ffn_hidden_size=12288)) == []
-    (said,) = (f for f in check_file("model.json") if f.level == "warning")
-    assert (said.code, said.path, said.line) == ("not-available", "model_id", 2)
+    (said,) = (f for f in check_file("model.json") if f.path == "init_from_hf_path")
+    assert (said.level, said.code) == ("note", "no-weights")
+    (folder / "model.safetensors").touch()
     assert not any(f.path == "init_from_hf_path" for f in check_file("model.json"))
+
+
+def test_the_folder_says_which_model_it_is_of(write: Write, folder: Path) -> None:
+    data = model()
+    del data["model_id"]
+    assert check(write, data) == []
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "model_type": "qwen9_vl"}))
+    (said,) = check(write, data)
+    assert 'needs "model_id", and ' in said
+    assert "names none that is installed (Qwen3VLForConditionalGeneration, qwen9_vl)" in said
 
 
 def test_numbers_that_differ_from_the_folder_are_told(write: Write, folder: Path) -> None:
@@ -124,8 +135,32 @@ def test_a_job_with_it_is_refused(files: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_training_job(files.flags())
     errors = {f.path: f.code for f in caught.value.findings if f.level == "error"}
-    assert errors["model_id"] == errors["text_decoder.activation_offload"] == "not-available"
+    assert errors["text_decoder.activation_offload"] == "not-available"
     assert errors["init_from_hf_path"] == "missing-path"
+
+
+def test_a_job_with_it(files: Any, tmp_path: Path, folder: Path) -> None:
+    data = {**model(), "init_from_hf_path": str(folder)}
+    (tmp_path / "model.json").write_text(json.dumps(data, indent=1))
+    flags = files.flags().model_copy(update={"load": None})
+    with pytest.raises(ConfigError) as caught:
+        load_training_job(flags)
+    assert [f.code for f in caught.value.findings if f.level == "error"] == ["no-weights"]
+    data["init"] = "random"
+    (tmp_path / "model.json").write_text(json.dumps(data, indent=1))
+    job = load_training_job(flags)
+    network, task = job.components["model"], job.components["task"]
+    assert (network.role, network.model_id, network.from_pretrained) == (
+        "transformers_model",
+        "qwen3_vl",
+        str(folder),
+    )
+    assert network.weights_path == ("init_from_hf_path",)
+    assert task.model_id == "language"
+    values = job.resolved()["values"]["model"]
+    assert (values["text_decoder"]["freeze"], values["patch"]["clip_grad_async"]) == (False, True)
+    assert job.resolved()["origins"]["model.text_decoder.freeze"].startswith("model.json:")
+    assert dict(job.plugins)["mmzoo-plugin-qwen3vl"]
 
 
 def test_no_torch_and_no_transformers_is_imported() -> None:

@@ -9,8 +9,10 @@ import pytest
 
 from mm_core.config import TrainFlags, cross_checks
 from mm_core.config.component import ComponentConfig
+from mm_core.config.cross_checks.layers import check_schedule
 from mm_core.config.document import Document, read_document
 from mm_core.config.fsdp2 import Fsdp2Config
+from mm_core.config.parallel import ParallelSizes
 from mm_core.config.tools import ToolsConfig
 from mm_registry.spec import EntrySpec
 
@@ -108,15 +110,16 @@ def test_without_a_checked_section_nothing_is_added_up(tmp_path: Path) -> None:
     assert list(cross_checks.check_layers({}, model(tmp_path, "[1, 2]"))) == []
 
 
+RING = "or use --context-parallel-algo megatron_cp_algo, a ring that deals out no heads"
 HEADS = [
     (2, 2, None, []),
     (3, 1, None, ["--tensor-model-parallel-size error: 3 ranks cannot share the 40 heads of predictor (dit) equally. "
                   "Their number must divide 40: 1, 2, 4, 5"]),
     (2, 8, "ulysses_cp_algo",
      ["--context-parallel-size error: --tensor-model-parallel-size 2 × 8 = 16 ranks cannot share the 40 heads of "
-      "predictor (dit) equally. Their number must divide 40: 1, 2, 4, 5, 8, 10, 20"]),
+      f"predictor (dit) equally. Their number must divide 40: 1, 2, 4, 5, 8, 10, 20; {RING}"]),
     (1, 3, None, ["--context-parallel-size error: 3 ranks cannot share the 40 heads of predictor (dit) equally. Their "
-                  "number must divide 40: 1, 2, 4, 5"]),
+                  f"number must divide 40: 1, 2, 4, 5; {RING}"]),
     (1, 3, "megatron_cp_algo", []),
 ]  # fmt: skip
 
@@ -142,7 +145,8 @@ def ranks(count: int, **values: Any) -> list[str]:
 def test_samples_are_dealt_to_data_parallel_ranks() -> None:
     assert ranks(8, tensor_model_parallel_size=2, context_parallel_size=2, global_batch_size=2) == []
     assert ranks(8, tensor_model_parallel_size=2, global_batch_size=6) == [
-        "--global-batch-size error: 6 is no multiple of --micro-batch-size 1 × 4 ranks = 4. Use 4 or 8"
+        "--global-batch-size error: 6 is no multiple of --micro-batch-size 1 × 4 data-parallel groups of ranks = 4. "
+        "Use 4 or 8"
     ]
 
 
@@ -154,4 +158,31 @@ def test_model_parallel_ranks_divide_the_ranks() -> None:
     assert ranks(6, tensor_model_parallel_size=2, pipeline_model_parallel_size=2, global_batch_size=6) == [
         "--tensor-model-parallel-size error: 2 × --pipeline-model-parallel-size 2 = 4 ranks work on the same samples, "
         "which does not divide the 6 ranks of the job. Use a multiple of 4 ranks"
+    ]
+
+
+def test_without_a_list_each_stage_still_needs_a_layer(tmp_path: Path) -> None:
+    assert layers(tmp_path, "null", pipeline_model_parallel_size=8) == []
+    assert layers(tmp_path, "null", pipeline_model_parallel_size=41) == [
+        "--pipeline-model-parallel-size error: 41 stages cannot be made of the 40 layers of predictor (dit). Use 40 stages "
+        "at most"
+    ]
+
+
+def schedule(micro_batches: int, **sizes: int) -> list[str]:
+    made = ParallelSizes(**sizes)  # type: ignore[arg-type]
+    given = flags(pipeline_model_parallel_size=made.pp, virtual_pipeline_model_parallel_size=made.vpp)
+    return [f"{finding.level} {finding}" for finding in check_schedule(given, made, micro_batches)]
+
+
+def test_micro_batches_must_fit_interleaved_stages_and_should_keep_stages_busy() -> None:
+    assert schedule(1, pp=1) == schedule(2, pp=2) == schedule(4, pp=2, vpp=2) == []
+    assert schedule(2, pp=4) == [
+        "warning --pipeline-model-parallel-size warning: 2 micro batches a step cannot keep 4 pipeline stages busy: each "
+        "waits 60% of the time. Raise --global-batch-size, or lower --micro-batch-size"
+    ]
+    assert schedule(5, pp=2, vpp=2) == [
+        "error --virtual-pipeline-model-parallel-size error: interleaved stages take micro batches in equal rounds of about "
+        "2, one for each pipeline stage, which 5 micro batches a step do not make. Choose --global-batch-size so that there "
+        "are 4 or 6"
     ]

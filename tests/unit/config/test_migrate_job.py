@@ -187,7 +187,7 @@ def test_the_difference_tells_what_is_not_as_it_was(project: Path) -> None:
     assert "-command line  --seed 1" in lines
     assert lines[-1] == (
         "162 values as they were, 10 paths rewritten, 4 files became sections, 1 value taken from the launcher, "
-        "1 flag given more than once, 15 have no effect here"
+        "1 flag given more than once, 14 have no effect here"
     )
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm_core.accelerator import Accelerator
+from mm_core.planning.live_bytes import LiveBytes
 from mm_core.sharding.offload import MIN_BYTES, Offloader, OffloadWrapper
-from mm_core.testing.live_bytes import LiveBytes
 
 ROWS, WIDTH = 8, 16
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mm_core.planning.live_bytes import LiveBytes
 from mm_core.sharding import ShardingPlan, Unit
 from mm_core.sharding.activations import RecomputeWrapper, offloaded_modules, wrap_activations
 from mm_core.sharding.offload import OffloadWrapper
 from mm_core.sharding.plan import ShardingError, bare_name
-from mm_core.testing.live_bytes import LiveBytes
 from tests.distributed.models import DENSE, MODELS, WAN, TinyModel
 
 FORMS = {

@@ -1,5 +1,8 @@
-from mm_core.sharding.policy import ShardingPolicy
+from mm_core.sharding.policy import PipelinePolicy, ShardingPolicy
 
 TOY_DIT = ShardingPolicy(
-    units=("blocks.{*}", "head"), aligned=("blocks.{*}.norm",), aliases={"layers.{*}": "blocks.{*}"}
+    units=("blocks.{*}", "head"),
+    aligned=("blocks.{*}.norm",),
+    aliases={"layers.{*}": "blocks.{*}"},
+    pipeline=PipelinePolicy("blocks", first=("embed", "time", "text"), last=("head",)),
 )

@@ -60,8 +60,9 @@ class ToyDiT(nn.Module):
         timestep: torch.Tensor,
         prompt: Any,
         prompt_mask: Any = None,
+        stage: Any = None,
         **conditions: Any,
-    ) -> torch.Tensor:
+    ) -> Any:
         if conditions:
             raise TypeError(f"toy_dit takes no condition {', '.join(sorted(conditions))}")
         text = prompt[0] if isinstance(prompt, list) else prompt
@@ -69,15 +70,30 @@ class ToyDiT(nn.Module):
         B, C, T, H, W = latents.shape
         if H % 2 or W % 2:
             raise UserError(f"toy_dit: {H} x {W} latents cannot be cut into patches of 2 x 2")
+        keep = torch.ones_like(text[..., 0]).bool() if mask is None else mask > 0  # [B, L]
+        if stage is None or stage.first:
+            tokens, text = self._begin(latents, timestep, text)
+        else:
+            tokens, text = stage.received
+        for block in self.blocks:
+            tokens = block(tokens, text, keep)
+        if stage is not None and not stage.last:
+            return tokens, text
+        patches = self.head(tokens).reshape(B, T, H // 2, W // 2, C, 2, 2)
+        return patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(B, C, T, H, W)
+
+    def _begin(self, latents: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> Any:
+        B, C, T, H, W = latents.shape
         latents, text = latents.to(self.embed.weight.dtype), text.to(self.embed.weight.dtype)
         patches = latents.reshape(B, C, T, H // 2, 2, W // 2, 2).permute(0, 2, 3, 5, 1, 4, 6)
         tokens = self.embed(patches.reshape(B, -1, 4 * C))  # [B, S, D]
         angles = timestep.float().view(B, 1) * self.frequencies.float()
         time = torch.cat([angles.sin(), angles.cos()], dim=1).to(tokens.dtype)
-        tokens = tokens + self.time(time).unsqueeze(1)
-        keep = torch.ones_like(text[..., 0]).bool() if mask is None else mask > 0  # [B, L]
-        text = self.text(text)
-        for block in self.blocks:
-            tokens = block(tokens, text, keep)
-        patches = self.head(tokens).reshape(B, T, H // 2, W // 2, C, 2, 2)
-        return patches.permute(0, 4, 1, 2, 5, 3, 6).reshape(B, C, T, H, W)
+        return tokens + self.time(time).unsqueeze(1), self.text(text)
+
+    def stage_boundary(
+        self, latents: Any, timestep: Any, prompt: Any, prompt_mask: Any = None, *, dtype: Any
+    ) -> Any:
+        B, _, T, H, W = latents.shape
+        lengths = (T * H * W // 4, prompt.shape[1])
+        return tuple(torch.empty(B, length, self.width, dtype=dtype, device="meta") for length in lengths)
