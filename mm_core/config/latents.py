@@ -3,10 +3,11 @@
 An autoencoder's config class may have, torch-free:
 
 - `latent_channels`: a property (or field), channels of the latents, None if it cannot be told;
+- `latent_strides`: a property (or field), how many frames, rows and columns of the video one of the latents stands for;
 - `size_problem(frames, height, width)`: why a video of these sizes cannot be encoded, None if it can. A
   text that begins with `frames`, `height` or `width` is shown at that number.
 
-Both speak of the network that the section describes, defaults included. For a pretrained one the fields that
+All speak of the network that the section describes, defaults included. For a pretrained one the fields that
 the section leaves open are first filled from the folder's `config.json`; without that file nothing is asked.
 """
 
@@ -36,14 +37,37 @@ def latent_channels(ae: ComponentConfig) -> int | None:
     Raises:
         UserError: the property of a plugin's class raised; its distribution is named.
     """
+    channels = _told(ae, _described(ae), "latent_channels")
+    return channels if isinstance(channels, int) and not isinstance(channels, bool) else None
+
+
+def latent_strides(ae: ComponentConfig | None, predictor: ComponentConfig) -> tuple[int, int, int] | None:
+    """Return how many frames, rows and columns of the video one of the latents stands for, as the autoencoder's config
+    class tells them; if it does not, or there is none, as the predictor's tells of the latents that it was made for.
+
+    Raises:
+        UserError: as `latent_channels`.
+    """
+    asked = [] if ae is None else [(ae, _described(ae))]
+    for component, config in (*asked, (predictor, predictor.config)):
+        strides = _told(component, config, "latent_strides")
+        if (
+            isinstance(strides, list | tuple)
+            and len(strides) == 3
+            and all(type(s) is int and s > 0 for s in strides)
+        ):
+            return strides[0], strides[1], strides[2]
+    return None
+
+
+def _told(component: ComponentConfig, config: BaseModel | None, name: str) -> Any:
     try:
-        channels = getattr(_described(ae), "latent_channels", None)
+        return getattr(config, name, None)
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{ae.label}: latent_channels of {ae.spec.provider}'s config class raised {text}"
+            f"{component.label}: {name} of {component.spec.provider}'s config class raised {text}"
         ) from error
-    return channels if isinstance(channels, int) and not isinstance(channels, bool) else None
 
 
 def check_size(

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _even: ContextVar[bool] = ContextVar("even", default=False)
 _FORM = ("has_gate", "has_bias", "is_transposed")
+_GROUPED = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def is_grouped_form(module: nn.Module) -> bool:
@@ -67,7 +68,7 @@ def grouped_experts(module: Any, rows: torch.Tensor, expert: torch.Tensor, exper
 @contextmanager
 def even_load() -> Iterator[None]:
     """Within it all experts are taken to get equally many tokens, and no value is looked at: for tracing with tensors that
-    have none. Products are taken to be grouped where all devices can: in bf16, of sizes that are multiples of 8.
+    have none. Products are taken to be grouped where all devices can: in bf16, fp16 and fp32, of rows of whole 16 bytes.
     """
     token = _even.set(True)
     try:
@@ -119,8 +120,8 @@ def separate_products(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Ten
 def product_for(rows: torch.Tensor, *weights: torch.Tensor) -> Any:
     """`grouped_product` if it can be used for these tensors, else `separate_products`; said once in the log."""
     if is_load_even():  # nothing is tried out in a trace
-        whole = all(size % 8 == 0 for weight in weights for size in weight.shape[1:])
-        return grouped_product if whole and rows.dtype == torch.bfloat16 else separate_products
+        whole = all(size * rows.itemsize % 16 == 0 for weight in weights for size in weight.shape[1:])
+        return grouped_product if whole and rows.dtype in _GROUPED else separate_products
     for weight in weights:
         shape, strides = tuple(weight.shape[1:]), weight.stride()[1:]
         problem = _grouped_problem(rows.device, rows.dtype, shape, strides[0] < strides[1])

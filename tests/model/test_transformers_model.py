@@ -248,11 +248,21 @@ def test_examples_describe_the_published_models(name: str, parameters: int, monk
     assert inputs.targets.is_meta
 
 
-def test_an_example_of_the_diffusion_task_has_the_sizes_of_its_files(monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("size", "model", "latents"),
+    [
+        ("A14B", "pretrain_model_high.json", (16, 13, 60, 104)),  # 49 frames of 480 × 832 pixels
+        # 704 × 1280; its autoencoder halves a side once more, which nothing but the channels tells without its folder.
+        ("5B", "pretrain_model.json", (48, 13, 44, 80)),
+    ],
+)
+def test_an_example_of_the_diffusion_task_has_the_sizes_of_its_files(
+    size: str, model: str, latents: tuple[int, ...], monkeypatch: Any
+) -> None:
     monkeypatch.chdir(EXAMPLES.parents[1])
-    folder = EXAMPLES.parent / "wan2.2/A14B/t2v"
-    parts = components(str(folder / "pretrain_model_high.json"), str(folder / "data.json"))
+    folder = EXAMPLES.parent / "wan2.2" / size / "t2v"
+    parts = components(str(folder / model), str(folder / "data.json"))
     inputs = mm_core.TASK_MAPPINGS[parts["task"].model_id].example_batch(parts, batch_size=2)
-    assert inputs.latents.shape == (2, 16, 13, 60, 104)  # 49 frames of 480 × 832 pixels
+    assert inputs.latents.shape == (2, *latents)
     assert inputs.conditions["prompt"].shape == (2, 512, 4096)
     assert inputs.latents.is_meta

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mm_core.config.component import ComponentConfig
-from mm_core.config.latents import latent_channels
+from mm_core.config.latents import latent_channels, latent_strides
 from mm_core.models.sora import SoRAModel
 from mm_core.random import keyed_generator, keyed_normal
 from mm_core.training.tasks.base import LossParts
@@ -102,7 +102,8 @@ class DiffusionTask:
         needed.
 
         The clip is as large as `preprocess_parameters` allows. Its latents have the channels that the autoencoder or the
-        predictor tells, and sides by `vae_scale_factor`; the prompt has `model_max_length` tokens of the predictor's width.
+        predictor tells, and sides by the strides that these tell, else by `vae_scale_factor`; the prompt has
+        `model_max_length` tokens of the predictor's width.
 
         Args:
             components: of the job.
@@ -114,13 +115,13 @@ class DiffusionTask:
         predictor, dataset = components["predictor"], components["dataset"]
         clip = dataset.fields.get("preprocess_parameters") or {}
         sizes: list[Any] = [clip.get(key) for key in ("num_frames", "max_height", "max_width")]
-        scale: Any = clip.get("vae_scale_factor")
+        ae = components.get("ae")
+        scale: Any = latent_strides(ae, predictor) or clip.get("vae_scale_factor")
         if None in (*sizes, scale):
             raise UserError(
                 f"{dataset.label}: its section does not tell how large a clip is (num_frames, max_height, max_width, "
                 "vae_scale_factor), which an example needs; only datasets with these keys have one"
             )
-        ae = components.get("ae")
         channels = (latent_channels(ae) if ae is not None else None) or _told(
             predictor, "latent_channels", "out_dim"
         )

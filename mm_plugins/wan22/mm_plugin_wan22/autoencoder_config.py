@@ -156,13 +156,20 @@ class WanVideoVAEConfig(SectionModel):
         """Channels of the latents; left out they are upstream's, Wan2.1's."""
         return 16 if self.z_dim is None else self.z_dim
 
+    @property
+    def latent_strides(self) -> tuple[int, int, int]:
+        """Frames, rows and columns that one of the latents stands for."""
+        stages = 4 if self.dim_mult is None else len(self.dim_mult)
+        frames = 2 ** (2 if self.temperal_downsample is None else sum(self.temperal_downsample))
+        side = 2 ** (stages - 1) * (self.patch_size or 1)
+        return frames, side, side
+
     def size_problem(self, frames: int, height: int, width: int) -> str | None:
         """Return why a video of these sizes cannot be encoded, or None."""
         if (frames - 1) % 4:
             near = 1 + (frames - 1) // 4 * 4
             return f"frames must be 4k + 1; nearest are {near} and {near + 4}"
-        stages = 4 if self.dim_mult is None else len(self.dim_mult)
-        factor = 2 ** (stages - 1) * (self.patch_size or 1)
+        _, factor, _ = self.latent_strides
         for side, size in (("height", height), ("width", width)):
             if size % factor:
                 near = size // factor * factor

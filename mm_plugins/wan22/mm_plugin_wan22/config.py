@@ -182,6 +182,11 @@ class WanDiTConfig(SectionModel):
         Field(description="Compression of the autoencoder in time, height and width."),
     ] = None
 
+    @property
+    def latent_strides(self) -> tuple[int, int, int] | None:
+        """What the autoencoders of the published models leave of frames, rows and columns: 48 channels are Wan2.2 5B's."""
+        return {16: (4, 8, 8), 48: (4, 16, 16)}.get(self.out_dim)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         problem = recompute_problem(
