@@ -98,7 +98,8 @@ def _inside(unit: UnitCost, sizes: ParallelSizes, micro: int) -> Iterator[Collec
         whole = size * number if kind == "all-gather" else size
         what = "keys and values" if group == "cp" and kind == "send" else _WHAT[group]
         each = sent(kind, whole, number) * micro
-        yield Collective(kind, group, number, unit.count * micro, unit.count * each, what, stride)
+        calls = unit.calls[key] * unit.count * micro
+        yield Collective(kind, group, number, calls, unit.count * each, what, stride)
 
 
 def _stages(costs: StepCosts, sizes: ParallelSizes, world: int) -> Iterator[Collective]:

@@ -79,6 +79,7 @@ class UnitCost:
         input_bytes, output_bytes: tensors that it is given and gives back, each storage once.
         collectives: bytes that this rank hands to collectives inside the unit's own computation (context and tensor
             parallelism, experts) forward, backward and when recomputed, by `kind group`: `all_to_all cp`.
+        calls: of each of these collectives.
     """
 
     kind: str
@@ -93,6 +94,7 @@ class UnitCost:
     output_bytes: int
     moved_bytes: int = 0
     collectives: Mapping[str, int] = field(default_factory=dict)
+    calls: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def path(self) -> str:

@@ -40,6 +40,7 @@ class Segment:
         flops, attention_flops: computed in it.
         moved: bytes read and written by operations that are neither views nor counted as FLOPs.
         sent: bytes that are handed to collectives in it, by operation and group.
+        calls: how often they are called.
     """
 
     phase: Phase
@@ -53,6 +54,7 @@ class Segment:
     attention_flops: int = 0
     moved: int = 0
     sent: Mapping[str, int] = field(default_factory=dict)
+    calls: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def whole_after_total(self) -> int:
@@ -117,6 +119,7 @@ class Recorder(TorchDispatchMode):
         self._at_peak: tuple[int, dict[str, int]] = (0, {})
         self._flops = self._attention = self._moved = 0
         self._sent: Counter[str] = Counter()
+        self._calls: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -178,7 +181,9 @@ class Recorder(TorchDispatchMode):
         tensors = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
         # Operations of c10d are given the output first, where it is another tensor than the input.
         source = tensors[-1:] if func.namespace == "c10d" else tensors[:1]
-        self._sent[f"{name.strip('_')} {group}"] += sum(t.numel() * t.itemsize for t in source)
+        key = f"{name.strip('_')} {group}"
+        self._sent[key] += sum(t.numel() * t.itemsize for t in source)
+        self._calls[key] += 1
 
     def _group(self, argument: Any) -> str | None:
         """What the group that an operation is given is called."""
@@ -205,6 +210,7 @@ class Recorder(TorchDispatchMode):
                 self._attention,
                 self._moved,
                 dict(self._sent),
+                dict(self._calls),
             )
         )
         self._clear()

@@ -114,6 +114,8 @@ class _Cut:
                 saved_bytes=0,
                 parameter_numel=0,
                 trainable_numel=0,
+                collectives={},
+                calls={},
             )
         numel = [self.trace.numel[p.name] for p in plan.root.parameters if p.name in self.trace.numel]
         return replace(unit, parameter_numel=sum(numel))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -267,7 +267,8 @@ def _costs(
             input_bytes=record.input_bytes,
             output_bytes=record.output_bytes,
             moved_bytes=sum(s.moved for s in (*record.forward, *record.backward)),
-            collectives=_sent([*record.forward, *record.backward]),
+            collectives=_sum(s.sent for s in (*record.forward, *record.backward)),
+            calls=_sum(s.calls for s in (*record.forward, *record.backward)),
         )
         costs.append(cost)
     order = {path: i for i, path in enumerate(outermost)}
@@ -286,10 +287,11 @@ def _root_cost(
     backward = [s for s in segments if s.phase == "backward"]
     whole = _flops(forward, backward)
     units = Flops()
-    sent = Counter(_sent(segments))
+    sent, calls = _sum(s.sent for s in segments), _sum(s.calls for s in segments)
     for cost in inside:
         units = units + cost.flops.times(cost.count)
         sent.subtract({key: size * cost.count for key, size in cost.collectives.items()})
+        calls.subtract({key: number * cost.count for key, number in cost.calls.items()})
     saved = sum(cost.saved_bytes * cost.count for cost in inside)
     own = [name for name in numel if any(p.name == name for p in plan.root.parameters)]
     end = forward[-1].live if forward else 0
@@ -306,7 +308,8 @@ def _root_cost(
         input_bytes=begin,
         output_bytes=0,
         moved_bytes=sum(s.moved for s in segments) - sum(cost.moved_bytes * cost.count for cost in inside),
-        collectives={key: size for key, size in sent.items() if size},
+        collectives=+sent,
+        calls=+calls,
     )
 
 
@@ -342,8 +345,8 @@ def _transient(segments: Sequence[Segment], base: int) -> int:
     return max(0, max(s.peak for s in segments) - max(base, segments[-1].live))
 
 
-def _sent(segments: Iterable[Segment]) -> dict[str, int]:
+def _sum(parts: Iterable[Mapping[str, int]]) -> Counter[str]:
     total: Counter[str] = Counter()
-    for segment in segments:
-        total.update(segment.sent)
-    return dict(total)
+    for part in parts:
+        total.update(part)
+    return total
