@@ -52,10 +52,6 @@ CHOICES = {
     "FSDP × experts 8": ["fsdp2.sharding_size=auto", "fsdp2.expert_parallel_size=8"],
     "FSDP × experts 64": ["fsdp2.sharding_size=auto", "fsdp2.expert_parallel_size=64"],
 }
-_HEAD = (
-    "| model | ranks | choice | steady | peak | when | step at least | TFLOP/s a device | fits |\n|"
-    + "---|" * 9
-)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from mm_core.config import cross_checks as cross
 from mm_core.config.assemble import Assembly
 from mm_core.config.component import ComponentConfig
 from mm_core.config.document import Document, expanded, read_document
-from mm_core.config.findings import ConfigError, Finding, Level, show
+from mm_core.config.findings import ConfigError, Finding, Level, closest, show
 from mm_core.config.latents import read_hf_config
 from mm_core.config.origin import KeyPath, dotted
 from mm_core.config.parts import Part, config_class, find_callbacks, id_finding, resolve
@@ -152,7 +152,9 @@ def _find(document: Document, assembly: Assembly, label: str) -> tuple[Part | No
         if name in known:
             return Part("model", "transformers_model", (), _ID, name), []
     why = f", and {file} names none that is installed ({', '.join(names)})" if names else ""
-    text, mend = f'{label} needs "model_id"{why}', 'Add "model_id"; `mm list` shows the ids'
+    near = next((id for name in reversed(names) if (id := closest(name, known))), None)
+    such = f', such as "{near}"' if near else ""
+    text, mend = f'{label} needs "model_id"{why}', f'Add "model_id"{such}; `mm list` shows the ids'
     return None, [
         Finding.at(document.key_origin(()), "error", "missing-key", text, path=_ID, suggestion=mend)
     ]

@@ -157,15 +157,6 @@ def _smaller(job: TrainingJob, plan: ShardingPlan) -> Iterator[Change]:
         "twice as many ranks share each sequence",
         context_parallel_size=2 * sizes.cp,
     )
-    if not plan.offload_activations:
-        modules = plan.recompute or tuple(unit.path for unit in plan.units if unit.path not in plan.experts)
-        patterns = tuple(dict.fromkeys(_pattern(plan.full_path(path)) for path in modules))
-        yield _with_file(
-            job,
-            f"offload_activations: [{', '.join(patterns)}]",
-            "what the units save waits in host memory",
-            offload_activations=patterns,
-        )
     if not plan.offload_to_cpu:
         yield _with_file(
             job,
@@ -217,10 +208,6 @@ def _faster(job: TrainingJob, result: PlanResult) -> Iterator[Change]:
             "parameters are gathered once, not twice",
             reshard_after_forward=False,
         )
-    if plan.offload_activations:
-        yield _with_file(
-            job, "offload_activations: []", "nothing waits in host memory", offload_activations=()
-        )
     if plan.offload_to_cpu:
         yield _with_file(job, "offload_to_cpu: false", "nothing lies in host memory", offload_to_cpu=False)
 
@@ -231,17 +218,13 @@ def _experts(plan: ShardingPlan) -> int:
     return next((p.shape[0] for p in names if len(p.shape) == 3), 1)
 
 
-def _pattern(path: str) -> str:
-    """`predictor.blocks.{*}` for `predictor.blocks.3`."""
-    head, _, last = path.rpartition(".")
-    return f"{head}.{{*}}" if last.isdecimal() else path
-
-
 def _with_file(job: TrainingJob, write: str, why: str, **values: Any) -> Change:
     changed = job.fsdp2.model_copy(update=values)
     return Change(f"{write} in the sharding file", why, dataclasses.replace(job, fsdp2=changed))
 
 
 def _with_flag(job: TrainingJob, write: str, why: str, **values: Any) -> Change:
+    """The global batch is part of what is written: by default it follows from the sizes, and a step would be another."""
     flags = job.flags.model_copy(update=values)
+    write = f"{write} --global-batch-size {flags.global_batch_size}"
     return Change(write, why, dataclasses.replace(job, flags=flags))

@@ -250,9 +250,9 @@ def find_device(name: str) -> Device:
         return Device(**known)
     if not name.lower().endswith((".json", ".yaml", ".yml")) and not os.path.exists(name):
         near = closest(name.lower(), DEVICES)
-        mend = f"did you mean {near}? " if near else ""
+        mend = f"; did you mean {near}?" if near else "."
         raise UserError(
-            f"--device {name}: there is no such device; {mend}The known ones are {', '.join(DEVICES)}; the numbers of "
+            f"--device {name}: there is no such device{mend} The known ones are {', '.join(DEVICES)}; the numbers of "
             "another stand in a JSON or YAML file, which is named here."
         )
     checked = check_section(Device, read_document(name))

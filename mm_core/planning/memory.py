@@ -72,6 +72,8 @@ class _Step:
         self.steady, self.host_bytes = steady_bytes(plan, layout, trace.numel, keeping, trace.held)
         self.fsdp = FsdpMemory(plan, layout, trace.numel, self._moment)
         self.on_host = plan.offload_to_cpu and not layout.host_counts
+        if self.on_host:  # gradients go there too
+            self.host_bytes += sum(group.trained for group in self.fsdp.groups.values())
         self.phase: Phase = "prepare"
         self.unit = ""
         self.micro = 0

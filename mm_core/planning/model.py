@@ -168,7 +168,7 @@ class Timeline:
 
     Args:
         events: in order.
-        host_bytes: what lies in host memory instead (`offload_to_cpu`, offloaded activations).
+        host_bytes: what lies in host memory instead (`offload_to_cpu`).
     """
 
     events: tuple[MemoryEvent, ...]

@@ -24,6 +24,8 @@ from mm_core.planning.model import Phase
 Boundary = Literal["enter", "leave", "begin", "end", "recompute", "recomputed", "mark"]
 """A call of a unit starts and ends; its backward pass does; a recomputation does; or something else is over."""
 _aten = torch.ops.aten
+_OPEN = ("_peak", "_at_peak", "_flops", "_attention", "_moved", "_sent", "_calls")
+"""Attributes of a recorder that count since the mark before."""
 _COLLECTIVES = ("_c10d_functional", "c10d", "_c10d_functional_autograd")
 
 
@@ -258,16 +260,14 @@ class Recorder(TorchDispatchMode):
         self._runs += 1
         run, self.run = self.run, self._runs
         whole, self.whole = self.whole, Counter()
-        phase, state = (
-            self.phase,
-            (self._peak, self._at_peak, self._flops, self._attention, self._moved, self._sent),
-        )
+        phase, state = self.phase, {name: getattr(self, name) for name in _OPEN}
         self._clear()
         try:
             yield self.segments
         finally:
             self.segments, self.whole, self.phase, self.run = outer, whole, phase, run
-            self._peak, self._at_peak, self._flops, self._attention, self._moved, self._sent = state
+            for name, value in state.items():
+                setattr(self, name, value)
 
 
 def _moves_memory(func: Any) -> bool:

@@ -83,7 +83,7 @@ def step_time(
     # The first unit's gather and the last one's reduction have nothing to hide behind.
     units = max(1, sum(unit.count for unit in costs.units)) * costs.micro_batches
     exposed = max(ahead / units, ahead - forward) + max(behind / units, behind - (computed - forward))
-    host = _host_seconds(costs, plan, device)
+    host = _host_seconds(costs, device)
     exposed += alone + max(0.0, host - computed)
     busy = computed + other + exposed
     return StepTime(
@@ -119,12 +119,11 @@ def _optimizer_bytes(costs: StepCosts, plan: ShardingPlan) -> int:
     return 2 * trained + trained + 2 * steady.optimizer
 
 
-def _host_seconds(costs: StepCosts, plan: ShardingPlan, device: Device) -> float:
+def _host_seconds(costs: StepCosts, device: Device) -> float:
     """Copies to and from host memory. The optimizer's own time there is not counted.
 
-    Offloaded activations go down and come up. Offloaded shards come up for each gather, and gradients go down: of four
-    equal parts (parameters, gradients, two states) three are moved in each micro batch.
+    Shards come up for each gather, forward and backward, and gradients go down: as much as three of the four equal parts
+    that are there (parameters, gradients, two states).
     """
-    held = costs.timeline.host_bytes
-    moved = held * 3 / 4 if plan.offload_to_cpu else held * 2
+    moved = costs.timeline.host_bytes * 3 / 4
     return moved * costs.micro_batches / (device.host_bandwidth * device.bandwidth_efficiency)

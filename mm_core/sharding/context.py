@@ -16,16 +16,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from mm_core.config.parallel import ContextAlgorithm, ParallelSizes
 from mm_core.sharding.block_attention import kernel_for
 from mm_core.sharding.context_policy import ContextPolicy
 from mm_core.sharding.context_text import exchange_in_transformers, is_transformers, transformers_problem
+from mm_core.sharding.context_torch import exchange_in_torch
 from mm_core.sharding.documents import documents_of, refuse_padding
 from mm_core.sharding.mesh import ParallelMesh
 from mm_core.sharding.plan import ShardingError, ShardingPlan
@@ -275,7 +274,7 @@ def share_attention(
         if is_transformers(modules[path]):
             exchange_in_transformers(modules[path], context.attend)
         else:
-            _exchange(modules[path], plan.full_path(path), context)
+            exchange_in_torch(modules[path], plan.full_path(path), context)
     setattr(root, _ATTRIBUTE, context)
     return context
 
@@ -347,60 +346,6 @@ def _argument_names(module: nn.Module) -> list[str]:
 
 def _by_name(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-class _Attention(TorchFunctionMode):
-    """Puts the exchange in place of each call of `scaled_dot_product_attention`."""
-
-    def __init__(self, context: ContextParallel, name: str) -> None:
-        super().__init__()
-        self.context, self.name = context, name
-        self.calls = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        self.calls += 1
-        return self._attend(*args, **(kwargs or {}))
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,  # seen by the numbers of heads
-    ) -> torch.Tensor:
-        if attn_mask is not None or dropout_p or is_causal != self.context.policy.causal:
-            what = "a mask" if attn_mask is not None else "dropout" if dropout_p else f"is_causal={is_causal}"
-            raise ShardingError(
-                f"{self.name} calls attention with {what}, which ranks that share a sequence do not support; "
-                f"set {_FLAG} to 1."
-            )
-        return self.context.attend(query, key, value, scale=scale)
-
-
-def _exchange(module: nn.Module, name: str, context: ContextParallel) -> None:
-    """Let a module whose forward calls torch's attention exchange tokens there, in place."""
-    own = module.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Attention(context, name) as attention:
-            result = own(*args, **kwargs)
-        if not attention.calls:
-            raise ShardingError(
-                f"{name} computed attention without torch's scaled_dot_product_attention (another attention backend was "
-                f"chosen), so its tokens cannot be exchanged; choose the native backend, or set {_FLAG} to 1."
-            )
-        return result
-
-    forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]  # what wrappers look at
-    module.forward = forward
 
 
 def _heads(module: nn.Module) -> int | None:

@@ -9,6 +9,8 @@ import torch
 
 from mm_core.config import TrainFlags
 from mm_core.training.gradients import by_mesh
+from mm_core.weights.agreement import everywhere
+from mm_registry.errors import UserError
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -40,14 +42,22 @@ def build_optimizer(
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101) with the fields of the command line, fused.
 
     The fused kernel exists on CPU, CUDA and NPU and runs on DTensors' local shards; the loop sets the learning
-    rate each step.
+    rate each step. All ranks call this.
 
     Args:
-        parameters: a tied one may come twice.
+        parameters: a tied one may come twice. A pipeline stage whose part of the model is frozen has none.
         skips_on_device: the optimizer must honour `found_inf`, as only the fused one does.
+
+    Raises:
+        UserError: on every rank, if no rank has any.
     """
+    trained = list(dict.fromkeys(p for p in parameters if p.requires_grad))
+    if not any(everywhere(bool(trained))):
+        raise UserError(
+            "every parameter of the model is frozen, so there is nothing to train; leave one trainable"
+        )
     return ShardedAdamW(
-        list(dict.fromkeys(p for p in parameters if p.requires_grad)),
+        [{"params": trained}],  # torch refuses a bare list that is empty
         lr=flags.lr,
         betas=(flags.adam_beta1, flags.adam_beta2),
         eps=flags.adam_eps,

@@ -76,12 +76,15 @@ class Resume:
         averages = {name: module for name, module in averages.items() if name in self.modules}
         # Checkpoints hold all pipeline stages, whatever this rank has of them.
         names = [(name, other) for name, module in modules.items() for other in tensors_elsewhere(module)]
+        tensor = flags.tensor_model_parallel_size
         load_checkpoint(
             self.checkpoint,
             {**modules, **averages},
             None if self.fresh or flags.no_load_optim else optimizer,
             with_rng=not (self.fresh or flags.no_load_rng),
             elsewhere={f"{prefix}{name}.{other}" for prefix in ("", EMA) for name, other in names},
+            # Ranks that share tensors draw alike, also where the checkpoint's did not; they follow each other.
+            generators_of=rank() // tensor * tensor,
         )
         if ema is not None and not averages:
             ema.restart()

@@ -74,6 +74,7 @@ def load_checkpoint(
     *,
     with_rng: bool = True,
     elsewhere: Collection[str] = (),
+    generators_of: int | None = None,
 ) -> dict[str, Any]:
     """Read a checkpoint into modules and optimizer, in place; all ranks call this. Any number of ranks can
     read what any number wrote.
@@ -85,6 +86,7 @@ def load_checkpoint(
         with_rng: put back the states of the generators. A rank that did not exist then gets freshly keyed
             ones, and a line in the log.
         elsewhere: stored names of tensors that other pipeline stages have (`predictor.blocks.0.…`).
+        generators_of: the rank whose generators this one goes on with; by default its own.
 
     Returns:
         The `state` that was saved.
@@ -118,7 +120,7 @@ def load_checkpoint(
         _read_tensors(tensors, checkpoint)
     with ranks_agree(what):
         if with_rng:
-            _read_rng(checkpoint, content)
+            _read_rng(checkpoint, content, rank() if generators_of is None else generators_of)
     state: dict[str, Any] = content["state"]
     return state
 
@@ -212,9 +214,9 @@ def _check_modules(
         )
 
 
-def _read_rng(checkpoint: Path, content: Mapping[str, Any]) -> None:
+def _read_rng(checkpoint: Path, content: Mapping[str, Any], of_rank: int) -> None:
     accelerator = Accelerator.current()
-    file = checkpoint / rng_name(rank())
+    file = checkpoint / rng_name(of_rank)
     if file.is_file():
         try:
             accelerator.set_rng_state(safetensors.torch.load_file(file))
@@ -224,13 +226,13 @@ def _read_rng(checkpoint: Path, content: Mapping[str, Any]) -> None:
             raise WeightsError(f"{file} cannot be used ({error}); resume with --no-load-rng.") from error
         return
     seed: int = content["state"]["seed"]
-    accelerator.seed_all(keyed_seed(seed, "resumed generators", content["iteration"], rank()))
+    accelerator.seed_all(keyed_seed(seed, "resumed generators", content["iteration"], of_rank))
     why = (
         "it was saved without them (--no-save-rng)"
-        if rank() < content["world_size"]
+        if of_rank < content["world_size"]
         else f"it was written by {content['world_size']} ranks"
     )
     log.warning(
         "%s has no generator states for rank %d (%s); fresh ones are keyed by seed, iteration and rank.",
-        checkpoint, rank(), why,
+        checkpoint, of_rank, why,
     )  # fmt: skip

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mm_core.config import parse_train_flags
+from mm_core.training.resume import Resume
 from mm_core.weights import (
     CheckpointError,
     WeightsError,
@@ -154,6 +156,26 @@ def test_generators_come_back_and_new_ranks_get_their_own(tmp_path):
     assert run_ranks(load, 3)[2] == three[2]
     torch.manual_seed(77)
     assert run_ranks(load, 1, False)[0][0] == torch.rand(1).item()
+
+
+def test_ranks_that_share_tensors_draw_alike_after_a_resume(tmp_path):
+    def save() -> None:
+        torch.manual_seed(dist.get_rank())
+        save_checkpoint(tmp_path, 1, {"m": nn.Linear(2, 2)}, None, RUN_STATE)
+
+    def load() -> float:
+        checkpoint, module = resolve_load(tmp_path), nn.Linear(2, 2)
+        flags = parse_train_flags(
+            ["--tensor-model-parallel-size", "2", "--no-load-optim", "--train-iters", "2"]
+        )
+        Resume(checkpoint, False, RUN_STATE, ["m"], ()).restore(
+            {"m": module}, torch.optim.AdamW(module.parameters()), None, flags
+        )
+        return torch.rand(1).item()
+
+    run_ranks(save, 2)
+    first, second, third, fourth = run_ranks(load, 4)
+    assert first == second != third == fourth
 
 
 def test_a_training_checkpoint_loads_into_a_plain_module(tmp_path):

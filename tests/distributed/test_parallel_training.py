@@ -10,9 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 
+from mm_core.config import parse_train_flags
+from mm_core.training.optimizer import build_optimizer
 from mm_core.weights.tensors import state_tensors
+from mm_registry.errors import UserError
 from tests.distributed.against_one import distance, whole
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_resume import trainer_of
@@ -43,19 +47,40 @@ def run_to(step: int, run: Path, *more: str | Path) -> tuple[list[float], dict[s
     return [json.loads(line)["loss"] for line in lines][first - step :], weights
 
 
-def test_a_checkpoint_goes_on_as_fsdp_then_sequences_then_stages(tmp_path):
+TURNS = ((), SEQUENCES, STAGES, (*STAGES, *SEQUENCES), ())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "turns"),
+    [(2, (SEQUENCES, STAGES)), pytest.param(4, TURNS, marks=pytest.mark.slow)],
+    ids=["sequences then stages", "all in turn"],
+)
+def test_a_checkpoint_goes_on_with_another_way_to_share_the_model(ranks, turns, tmp_path):
     def in_turn() -> tuple[list[float], dict[str, Any]]:
         run = tmp_path / "turns"
-        turns = [
-            run_to(1, run),
-            run_to(2, run, "--load", run, *SEQUENCES),
-            run_to(3, run, "--load", run, *STAGES),
-            run_to(4, run, "--load", run, *STAGES, *SEQUENCES),
-            run_to(5, run, "--load", run),
+        done = [
+            run_to(step, run, *(("--load", run) if step > 1 else ()), *flags)
+            for step, flags in enumerate(turns, 1)
         ]
-        return [loss for losses, _ in turns for loss in losses], turns[-1][1]
+        return [loss for losses, _ in done for loss in losses], done[-1][1]
 
-    losses, weights = run_ranks(in_turn, 4, timeout=120)[0]
-    expected, final = run_ranks(run_to, 1, 5, tmp_path / "alone", timeout=120)[0]
+    losses, weights = run_ranks(in_turn, ranks, timeout=120)[0]
+    expected, final = run_ranks(run_to, 1, len(turns), tmp_path / "alone", timeout=120)[0]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     assert distance(weights, final) <= 1e-5
+
+
+def test_a_stage_whose_blocks_are_frozen_has_nothing_to_optimize():
+    def step() -> list[float]:
+        weight = torch.nn.Parameter(torch.ones(2), requires_grad=dist.get_rank() == 1)
+        flags = parse_train_flags(["--lr", "0.5", "--train-iters", "1"])
+        optimizer = build_optimizer([weight], flags)
+        weight.grad = torch.ones(2) if weight.requires_grad else None
+        optimizer.step()
+        with pytest.raises(UserError, match="every parameter of the model is frozen"):
+            build_optimizer([weight.requires_grad_(False)], flags)
+        return weight.tolist()
+
+    frozen, moved = run_ranks(step, 2)
+    assert frozen == [1, 1]
+    assert max(moved) < 1

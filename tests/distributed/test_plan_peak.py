@@ -124,6 +124,9 @@ CASES: dict[str, tuple[int, TinyModel, dict[str, Any], int]] = {
     "moe, 4 ranks, experts over 2, recompute": (
         4, GROUPED, {"expert_parallel_size": 2, "recompute_modules": (LAYERS,), **BF16}, 1,
     ),
+    "moe, 4 ranks, experts over 2, recompute, fp32": (
+        4, GROUPED, {"expert_parallel_size": 2, "recompute_modules": (LAYERS,)}, 1,
+    ),
 }  # fmt: skip
 QUICK = (
     "wan, one rank, bf16",

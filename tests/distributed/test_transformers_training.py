@@ -148,11 +148,15 @@ def test_two_ranks_train_as_one(fsdp2: str, images: bool, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_run_is_saved_continued_and_exported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", ["tensor", "context", None])
+def test_a_run_is_saved_continued_and_exported(shared: str | None, tmp_path: Path) -> None:
+    """What is shared by two ranks goes on with FSDP2 alone."""
     model = job_files(tmp_path)
-    fsdp2, run = "align_fsdp_param_groups: true\n", tmp_path / "run"
+    fsdp2, run = f"align_fsdp_param_groups: {str(shared is None).lower()}\n", tmp_path / "run"
+    flags = ("--tensor-model-parallel-size", "2") if shared == "tensor" else ()
+    flags = ("--context-parallel-size", "2") if shared == "context" else flags
     (whole_run,) = run_ranks(trained, 1, model, fsdp2, False, None)
-    first = run_ranks(trained, 2, model, fsdp2, False, run, "--exit-interval", "2", "--save-hf")
+    first = run_ranks(trained, 2, model, fsdp2, False, run, "--exit-interval", "2", "--save-hf", *flags)
     rest = run_ranks(trained, 2, model, fsdp2, False, run, "--load", str(run))
     losses = first[0][0] + rest[0][0]
     close((losses, rest[0][1]), whole_run, 2e-4)

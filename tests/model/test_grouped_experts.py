@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from mm_core.planning.recorder import Recorder
 from mm_core.sharding import grouped
 from mm_core.sharding.grouped import (
     even_load,
@@ -100,7 +101,7 @@ def test_counts_of_tokens():
 def test_tensors_without_values_are_dealt_evenly(dtype):
     """As a plan traces them: the router's choices decide the sizes of all that follows."""
     module = experts(dtype=dtype)
-    with FakeTensorMode(), even_load():
+    with FakeTensorMode(allow_non_fake_inputs=True), Recorder(), even_load():
         for name, parameter in list(module.named_parameters()):
             setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype)))
         rows = torch.empty(10, 16, dtype=dtype, requires_grad=True)
@@ -109,3 +110,12 @@ def test_tensors_without_values_are_dealt_evenly(dtype):
         assert found.shape == rows.grad.shape == (10, 16)
         assert module.down_proj.grad.shape == module.down_proj.shape
     assert evenly(10, 4) == [3, 3, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", [16, 12, 6])
+def test_a_trace_takes_the_products_that_a_run_takes(dtype, width):
+    weight = torch.zeros(2, 16, width, dtype=dtype)
+    run = product_for(weight[0], weight)
+    with even_load():
+        assert product_for(weight[0], weight) is run

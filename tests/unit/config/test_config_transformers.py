@@ -69,6 +69,7 @@ def test_the_folder_says_which_model_it_is_of(write: Write, folder: Path) -> Non
     (said,) = check(write, data)
     assert 'needs "model_id", and ' in said
     assert "names none that is installed (Qwen3VLForConditionalGeneration, qwen9_vl)" in said
+    assert 'Add "model_id", such as "qwen3_vl"' in said
 
 
 def test_numbers_that_differ_from_the_folder_are_told(write: Write, folder: Path) -> None:

@@ -47,11 +47,11 @@ def test_changes_are_made_on_top_of_each_other() -> None:
     assert advice[: len(fitting)] == tuple(fitting)
     assert fitting[0].seconds == min(one.seconds for one in fitting if one.seconds is not None)
     assert all(one.peak_bytes <= LIMIT for one in fitting)
-    assert any(one.change.startswith("--context-parallel-size 2; ") for one in fitting)
+    assert any(one.change.startswith("--context-parallel-size 2 --global-batch-size 4; ") for one in fitting)
     assert not any("--context-parallel-size 4" in one.change for one in advice)  # not possible
     alone = [one for one in advice if ";" not in one.change]
     assert {one.change.split(" in ")[0] for one in alone} >= {
-        "recompute_granularity: full", "offload_to_cpu: true", "--context-parallel-size 2",
+        "recompute_granularity: full", "offload_to_cpu: true", "--context-parallel-size 2 --global-batch-size 4",
     }  # fmt: skip
 
 

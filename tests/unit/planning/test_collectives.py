@@ -92,10 +92,11 @@ def test_links_of_the_groups() -> None:
     ],
 )
 def test_collectives_inside_units(key: str, kind: str, whole: int) -> None:
-    block = unit(collectives={key: 800})
+    block = unit(collectives={key: 800}, calls={key: 3})
     made = costs(units=(block,), micro_batches=2, shards=1)
     (one,) = [c for c in step_collectives(made, ParallelSizes(cp=4, tp=4), 16) if c.group in ("cp", "tp")]
-    assert (one.kind, one.ranks, one.bytes) == (kind, 4, 2 * 2 * whole)  # two blocks, two micro batches
+    # Two blocks, two micro batches.
+    assert (one.kind, one.ranks, one.count, one.bytes) == (kind, 4, 2 * 2 * 3, 2 * 2 * whole)
 
 
 def test_stages_send_both_ways() -> None:

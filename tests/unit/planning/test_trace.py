@@ -15,7 +15,7 @@ from mm_core.config.parallel import ParallelSizes
 from mm_core.planning.fsdp_memory import FsdpMemory, Layout
 from mm_core.planning.job import fake_ranks
 from mm_core.planning.kinds import structure_of
-from mm_core.planning.memory import timeline
+from mm_core.planning.memory import Keeping, steady_bytes, timeline
 from mm_core.planning.model import Flops
 from mm_core.planning.stages import stage_traces
 from mm_core.planning.trace import Trace, trace_micro_batch
@@ -185,3 +185,10 @@ def test_accumulated_gradients_are_there_in_the_second_micro_batch() -> None:
     second = next(event for event in twice.events if event.micro == 1)
     assert second.bytes.gradients == once.events[-1].bytes.gradients > 0
     assert replace(once, events=once.events[-1:]).moment == "optimizer step"
+
+
+def test_what_is_offloaded_lies_in_host_memory() -> None:
+    """Parameters, gradients and AdamW's two states."""
+    trace, plan = traced(("blocks.{*}",), world=2, offload_to_cpu=True)
+    stored = steady_bytes(replace(plan, offload_to_cpu=False), Layout(2), {}, Keeping())[0].parameters
+    assert timeline(plan, trace, Layout(2)).host_bytes == 4 * stored
