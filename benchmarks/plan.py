@@ -113,7 +113,7 @@ def _published() -> None:
     frames = "data.dataset_param.preprocess_parameters.num_frames=93"
     files = [*_wan("A14B", "pretrain_model_high.json"), frames, "fsdp2.sharding_size=8"]
     # Megatron recomputes 10 of the 40 blocks; ranks that share a sequence stand for those that share tensors.
-    settings = ([], ["--context-parallel-size", "8", "fsdp2.recompute_num_layers=10"])
+    settings: tuple[list[str], ...] = ([], ["--context-parallel-size", "8", "fsdp2.recompute_num_layers=10"])
     _write("\n| published | TFLOP/s | of the peak | roofline | reached |\n|---|---|---|---|---|")
     for point, flags in zip(PUBLISHED, settings, strict=True):
         device = find_device("h100").model_copy(update={"attention_efficiency": point.attention_efficiency})
