@@ -10,7 +10,9 @@ from mm_core.cli import pydantic_plugins
 from mm_core.cli.options import output_format, take_option
 from mm_core.cli.tables import json_text
 from mm_core.config.findings import ConfigError, Finding
+from mm_registry.suggestions import closest
 
+_OWN = ("--world-size", "--device", "--png", "--no-advice", "--format")
 _HELP = """\
 usage: mm plan --mm-model FILE --mm-data FILE --world-size N --device NAME [FLAGS OF mm train] [key.path=value...]
        mm plan job.yaml --world-size N --device NAME [FLAG_OR_OVERRIDE...]
@@ -35,6 +37,7 @@ def run(argv: list[str]) -> int:
         sys.stdout.write(_HELP.format(devices=", ".join(DEVICES)))
         return 0
     pydantic_plugins.disable()
+    _refuse_misspelt(argv)
     form, rest = output_format(argv, ("text", "json"))
     name, rest = take_option(rest, "--device")
     picture, rest = take_option(rest, "--png")
@@ -68,6 +71,19 @@ def run(argv: list[str]) -> int:
     said = "".join(f"{finding}\n" for finding in job.findings)
     sys.stdout.write(plan_text(result, device) + said)
     return 0
+
+
+def _refuse_misspelt(argv: list[str]) -> None:
+    """A misspelling of one of this command's own flags, which the flags of `mm train` are no help against."""
+    from mm_core.config.flags import TrainFlags  # after pydantic's plugins are off
+
+    for word in argv:
+        flag = word.partition("=")[0]
+        if not flag.startswith("--") or flag in _OWN or flag[2:].replace("-", "_") in TrainFlags.model_fields:
+            continue
+        near = closest(flag, _OWN, 1)
+        if near:
+            raise _mistake(flag, "unknown-flag", "there is no such flag", f"Did you mean {near[0]}?")
 
 
 def _whole(text: str | None) -> int | None:

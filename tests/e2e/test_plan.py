@@ -107,6 +107,7 @@ def test_more_memory_than_there_is(tmp_path: Path) -> None:
             "--global-batch-size: 4 is no multiple",
         ),
         ((*FILES, "--device", "nowhere.json"), "nowhere.json"),
+        ((*FILES, "--world-sise", "2"), "--world-sise: there is no such flag. Did you mean --world-size?"),
     ],
 )
 def test_mistakes(arguments: tuple[str | Path, ...], said: str) -> None:
