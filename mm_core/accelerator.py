@@ -341,6 +341,13 @@ class Accelerator:
         return getattr(torch, self.type)
 
 
+def has_flash_attention(device: torch.device) -> bool:
+    """Whether torch has its FlashAttention operations, which give the log-sum-exp, for a device."""
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def destroy_process_group() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.tensor.debug
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -125,6 +126,9 @@ def fake_ranks(world: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # DTensor keeps how it dealt with each operation, meshes that are gone included, and takes another of the same sizes
+        # for them: real ranks of this process would look for groups that are not there. There is no public way to forget.
+        torch.distributed.tensor.debug._clear_sharding_prop_cache()
 
 
 def filled(value: Any) -> Any:

@@ -12,6 +12,8 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from mm_core.accelerator import has_flash_attention
+
 Kernel: TypeAlias = Literal["fused", "eager"]
 
 _SCORES = 2**24
@@ -26,12 +28,10 @@ def kernel_for(query: torch.Tensor, value: torch.Tensor) -> Kernel:
         return "eager"
     if query.device.type == "cpu":
         return "fused" if query.is_floating_point() else "eager"
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
-        width = query.shape[-1]
-        # FlashAttention's own limits, which scaled_dot_product_attention would mend by padding.
-        capable = torch.version.hip is not None or torch.cuda.get_device_capability(query.device) >= (8, 0)
-        return "fused" if capable and width % 8 == 0 and width <= 256 else "eager"
-    return "eager"
+    width = query.shape[-1]
+    # FlashAttention's own limits, which scaled_dot_product_attention would mend by padding.
+    fits = query.dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
+    return "fused" if fits and has_flash_attention(query.device) else "eager"
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -163,6 +163,8 @@ SHARDING = (
     dit("stages-compute-the-whole", "something else than the whole",
          ("tokens, text = stage.received", "text, tokens = (2 * t for t in reversed(stage.received))")),
     dit("stages-compute-the-whole", "stage_boundary says", ("T * H * W // 4", "T * H * W")),
+    dit("shared-sequences-equal-one", "two ranks that share each sequence", ("blocks.{*}.attend", "blocks.0.attend"),
+         file="policy.py"),
     dit("units-run-in-order", "prefetching would gather", ('"blocks.{*}", "head"', '"head", "blocks.{*}"'),
          file="policy.py"),
     dit("units-run-in-order", "never calls",

@@ -11,6 +11,14 @@ from torch import nn
 from mm_registry.errors import UserError
 
 
+class ToyAttention(nn.Module):
+    """Tokens see each other; by itself, so that ranks that share a sequence can exchange here. It has one head."""
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        seen = F.scaled_dot_product_attention(query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1))
+        return seen.squeeze(1)  # [B, S, D]
+
+
 class ToyBlock(nn.Module):
     """Self-attention, cross-attention to the prompt and an MLP, behind a gate that starts at zero."""
 
@@ -18,13 +26,14 @@ class ToyBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.mix = nn.Linear(width, 3 * width)
+        self.attend = ToyAttention()
         self.read = nn.Linear(width, width)
         self.mlp = nn.Linear(width, width)
         self.gate = nn.Parameter(torch.zeros(width))
 
     def forward(self, tokens: torch.Tensor, text: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         query, key, value = self.mix(self.norm(tokens)).chunk(3, dim=-1)  # each [B, S, D]
-        seen = F.scaled_dot_product_attention(query, key, value)
+        seen = self.attend(query, key, value)
         told = F.scaled_dot_product_attention(self.read(seen), text, text, attn_mask=keep.unsqueeze(1))
         return tokens + self.gate * torch.tanh(self.mlp(seen + told))
 
