@@ -6,7 +6,7 @@ its experts. Ours is the trainer's step: task, passes, the exchange of sums, sca
 start from the same weights and train on the same batches, alternating step by step; that their losses agree is checked.
 On one machine's cores no way is faster than FSDP2: what is measured is what each one adds.
 
-    python benchmarks/parallel.py [--ranks 2 4] [--steps 20] [--json FILE]
+    python benchmarks/parallel.py [--ranks 2 4] [--steps 10] [--json FILE]
 
 It starts its ranks itself, by gloo on the CPU, with one thread each.
 """
@@ -251,7 +251,11 @@ def worker(options: argparse.Namespace) -> None:
         "ignore", message=".*torch.distributed.nn.functional"
     )  # public, and to be replaced
     ranks = dist.get_world_size()
-    rows = [measured(*way, options.steps) for way in ways(ranks)]
+    rows = []
+    for way in ways(ranks):
+        rows.append(measured(*way, options.steps))
+        if dist.get_rank() == 0:  # a whole run takes minutes
+            sys.stderr.write(f"{json.dumps(rows[-1])}\n")
     alone = {row["model"]: row["ours_ms"] for row in rows if row["way"] == "FSDP2"}
     for row in rows:
         row["against_fsdp"] = row["ours_ms"] / alone[row["model"]]
@@ -295,7 +299,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, nargs="+", choices=(2, 4), default=[2, 4])
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", type=Path, help="also write the numbers to FILE-<ranks>")
     options = parser.parse_args()
     if os.environ.get("TORCHELASTIC_RUN_ID"):
