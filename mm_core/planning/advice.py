@@ -10,7 +10,7 @@ from typing import Any
 
 from mm_core.config import TrainingJob
 from mm_core.config.flags import world_size
-from mm_core.planning.model import Advice, PlanResult
+from mm_core.planning.model import Advice, PlanResult, StepCosts
 from mm_core.sharding.plan import ShardingPlan
 from mm_registry.errors import UserError
 
@@ -62,7 +62,7 @@ def advise(
     base, written, best = job, "", result
     for _ in range(_ROUNDS):
         step: list[tuple[Change, PlanResult]] = []
-        for change in _smaller(base, best.costs.plan):
+        for change in _smaller(base, best.costs):
             other = _planned(change.job, replan)
             if other is not None and other.peak_bytes < 0.99 * best.peak_bytes:
                 step.append((change, other))
@@ -101,8 +101,9 @@ def _planned(job: TrainingJob, replan: Callable[[TrainingJob], PlanResult]) -> P
         return None
 
 
-def _smaller(job: TrainingJob, plan: ShardingPlan) -> Iterator[Change]:
+def _smaller(job: TrainingJob, costs: StepCosts) -> Iterator[Change]:
     """Changes that take less memory, those that cost least time first."""
+    plan = costs.plan
     world = world_size(job.flags)
     sizes = job.parallel
     fsdp2 = job.fsdp2
@@ -139,6 +140,14 @@ def _smaller(job: TrainingJob, plan: ShardingPlan) -> Iterator[Change]:
             recompute_granularity="full",
             recompute_modules=None,
             recompute_num_layers=None,
+        )
+    blocks = _blocks(costs)
+    if blocks and not plan.offload_activations:
+        yield _with_file(
+            job,
+            f"offload_activations: ['{blocks}']",
+            "what all but two units saved waits in host memory",
+            offload_activations=(blocks,),
         )
     if job.flags.micro_batch_size > 1:
         half = job.flags.micro_batch_size // 2
@@ -210,6 +219,13 @@ def _faster(job: TrainingJob, result: PlanResult) -> Iterator[Change]:
         )
     if plan.offload_to_cpu:
         yield _with_file(job, "offload_to_cpu: false", "nothing lies in host memory", offload_to_cpu=False)
+
+
+def _blocks(costs: StepCosts) -> str | None:
+    """A pattern of the units of which there are most, if they are counted: `predictor.blocks.{*}`."""
+    most = max(costs.units, key=lambda unit: unit.count)
+    before, _, last = most.path.rpartition(".")
+    return f"{costs.plan.full_path(before)}.{{*}}" if most.count > 2 and last.isdigit() else None
 
 
 def _experts(plan: ShardingPlan) -> int:

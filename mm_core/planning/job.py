@@ -23,6 +23,7 @@ from mm_core.planning.memory import Keeping, steady_bytes, timeline
 from mm_core.planning.model import Flops, StepCosts
 from mm_core.planning.stages import Stage, stage_traces
 from mm_core.planning.trace import trace_micro_batch
+from mm_core.sharding.activations import offloaded_modules
 from mm_core.sharding.apply import needs_sharding
 from mm_core.sharding.mesh import build_parallel_mesh
 from mm_core.sharding.plan import ShardingPlan
@@ -176,9 +177,11 @@ def _notes(job: TrainingJob, balanced: bool, plan: ShardingPlan) -> tuple[str, .
     notes = ["activations are those of an attention kernel that keeps no scores, such as flash attention"]
     if NETWORK not in job.components:
         notes.append("what encoders need while they run is not counted, only their parameters")
-    if plan.offload_activations:
+    inside = set(offloaded_modules(plan)) - {unit.path for unit in plan.units}
+    if inside:
         notes.append(
-            "activations that wait in host memory (offload_activations) are counted as if they stayed on the device"
+            f"activations of {min(inside)} are counted as if they stayed on the device: offload_activations is planned "
+            "for whole FSDP units"
         )
     if balanced:
         notes.append("the loss that balances experts, and the routers' logits that it keeps, are not counted")

@@ -41,6 +41,11 @@ class LiveBytes(TorchDispatchMode):
         alive = [reference() for reference in self._storages.values()]
         return sum(storage.nbytes() for storage in alive if storage is not None)
 
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Count a tensor no more, such as one that stands for host memory."""
+        self._watch(tensor, self._ignored)
+        self._storages.pop(id(tensor.untyped_storage()), None)
+
     def reset_peak(self) -> None:
         """Begin a new peak at what is alive."""
         self.peak = self.now

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from mm_core.planning.fsdp_memory import FsdpMemory, Layout, group_bytes
 from mm_core.planning.model import MemoryEvent, Phase, RankBytes, Timeline
 from mm_core.planning.recorder import Segment
 from mm_core.planning.trace import Trace
+from mm_core.sharding.activations import offloaded_modules
 from mm_core.sharding.plan import ALIGNED, ShardingPlan
 
 
@@ -43,7 +45,30 @@ def timeline(plan: ShardingPlan, trace: Trace, layout: Layout, keeping: Keeping 
     for micro in range(min(2, keeping.micro_batches)):  # a third is as the second
         step.run(micro)
     step.optimizer()
-    return Timeline(tuple(step.events), step.host_bytes)
+    return Timeline(tuple(step.events), step.host_bytes, max(step.away, default=0))
+
+
+def activations_away(segments: Sequence[Segment], modules: Collection[str]) -> list[int]:
+    """Bytes of activations that wait in host memory during each segment (`mm_core.sharding.offload`).
+
+    What a module saved leaves the device when the next one has run, and comes back when the backward pass reaches the
+    next one; the last one's stays. What lies between the beginnings of two modules is taken to be the first one's.
+
+    Args:
+        modules: those that are offloaded, as segments name their units.
+    """
+    enters = [s for s in segments if s.phase == "forward" and s.boundary == "enter" and s.unit in modules]
+    saved = {a.unit: max(0, b.live - a.live) for a, b in pairwise(enters)}
+    before = {b.unit: a.unit for a, b in pairwise(enters)}
+    gone: set[str] = set()
+    away: list[int] = []
+    for segment in segments:
+        away.append(sum(saved[unit] for unit in gone))
+        if segment.unit in modules and segment.boundary == "leave" and segment.phase == "forward":
+            gone |= {before[segment.unit]} if segment.unit in before else set()
+        elif segment.boundary == "begin":
+            gone -= {segment.unit, before.get(segment.unit, "")}
+    return away
 
 
 def steady_bytes(
@@ -79,6 +104,9 @@ class _Step:
         self.micro = 0
         self.live = 0
         self.whole = 0
+        moved = () if layout.host_counts else offloaded_modules(plan)
+        self.away = activations_away(trace.segments, moved)
+        self.gone = 0  # of `away`, now
         self.running: list[str] = []
         self.aligned = ALIGNED in self.fsdp.groups
 
@@ -87,8 +115,8 @@ class _Step:
         self.micro, self.live, self.running = micro, 0, []
         left: dict[str, int] = {}
         aligned_seen = False
-        for segment in self.trace.segments:
-            self.phase = segment.phase
+        for segment, gone in zip(self.trace.segments, self.away, strict=True):
+            self.phase, self.gone = segment.phase, gone
             self._segment(segment)
             unit = segment.unit
             match segment.boundary:
@@ -112,7 +140,7 @@ class _Step:
                     self.fsdp.end_backward(unit, own)
                     self._pop(unit)
             left = dict(segment.whole_after)
-        self.whole = 0
+        self.whole = self.gone = 0
         self.phase, self.unit = "reduce", ""
         self.fsdp.finish({unit: size for unit, size in left.items() if size})
         self.live = 0
@@ -159,7 +187,7 @@ class _Step:
                     gradients=gradients,
                     gathered=self.fsdp.gathered,
                     reducing=reducing,
-                    activations=activations,
+                    activations=max(0, activations - self.gone),
                     transient=transient,
                 ),
                 self.micro,

@@ -169,10 +169,12 @@ class Timeline:
     Args:
         events: in order.
         host_bytes: what lies in host memory instead (`offload_to_cpu`).
+        host_activation_bytes: the most of a micro batch's activations that wait there (`offload_activations`).
     """
 
     events: tuple[MemoryEvent, ...]
     host_bytes: int = 0
+    host_activation_bytes: int = 0
 
     @property
     def peak(self) -> MemoryEvent:

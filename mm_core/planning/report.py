@@ -55,6 +55,7 @@ def plan_data(result: PlanResult, device: Device) -> dict[str, Any]:
             "steady": costs.steady.as_dict(),
             "peak": timeline.peak.bytes.as_dict(),
             "host_bytes": timeline.host_bytes,
+            "host_activation_bytes": timeline.host_activation_bytes,
         },
         "timeline": [
             {"phase": e.phase, "unit": e.unit, "micro": e.micro, **e.bytes.as_dict()} for e in timeline.events
@@ -128,8 +129,10 @@ def _memory(result: PlanResult) -> str:
         [name, human_bytes(getattr(steady, name)), human_bytes(getattr(peak.bytes, name))] for name in _BYTES
     ]
     rows.append(["total", human_bytes(steady.total), human_bytes(peak.bytes.total)])
-    if result.costs.timeline.host_bytes:
-        rows.append(["in host memory", "", human_bytes(result.costs.timeline.host_bytes)])
+    line = result.costs.timeline
+    for what, size in (("", line.host_bytes), ("activations ", line.host_activation_bytes)):
+        if size:
+            rows.append([f"{what}in host memory", "", human_bytes(size)])
     title = "memory of the fullest rank"
     return _table(title, [("", False), ("between steps", True), (f"at the peak: {peak.moment}", True)], rows)
 

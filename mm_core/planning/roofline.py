@@ -123,7 +123,7 @@ def _host_seconds(costs: StepCosts, device: Device) -> float:
     """Copies to and from host memory. The optimizer's own time there is not counted.
 
     Shards come up for each gather, forward and backward, and gradients go down: as much as three of the four equal parts
-    that are there (parameters, gradients, two states).
+    that are there (parameters, gradients, two states). Activations that wait there go and come.
     """
-    moved = costs.timeline.host_bytes * 3 / 4
+    moved = costs.timeline.host_bytes * 3 / 4 + 2 * costs.timeline.host_activation_bytes
     return moved * costs.micro_batches / (device.host_bandwidth * device.bandwidth_efficiency)

@@ -11,8 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3ForCausalLM, Qwen3MoeForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
+from mm_core.accelerator import Accelerator
 from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.parallel import ParallelSizes
 from mm_core.planning.fsdp_memory import Layout
@@ -21,9 +22,11 @@ from mm_core.planning.live_bytes import LiveBytes
 from mm_core.planning.memory import Keeping, timeline
 from mm_core.planning.model import Flops, Timeline
 from mm_core.planning.trace import Trace, trace_micro_batch
+from mm_core.sharding.activations import wrap_activations
 from mm_core.sharding.apply import needs_sharding
 from mm_core.sharding.build import build_plan, build_plans
 from mm_core.sharding.mesh import build_device_mesh, build_parallel_mesh
+from mm_core.sharding.offload import Offloader, OffloadWrapper
 from mm_core.weights import materialize
 from tests.distributed import models
 from tests.distributed.harness import run_ranks
@@ -146,6 +149,60 @@ def test_predicted_peak_is_within_ten_percent_of_live_bytes(name: str) -> None:
     # Ranks past the first may hold less: parameters are cut unevenly, and experts get other tokens.
     value, moment = found[0]
     assert value == pytest.approx(1, abs=0.1), moment
+
+
+class HostApart(Accelerator):
+    """A CPU whose host memory is not counted with the device's, which is the same here."""
+
+    live: LiveBytes
+
+    def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = super().pinned_like(tensor)
+        self.live.ignore(host)
+        return host
+
+
+def offloaded(recompute: tuple[str, ...]) -> tuple[Timeline, int, int]:
+    """The plan of ten layers whose activations are offloaded, a real step's peak, and what it had in host memory."""
+    config = Qwen3Config(**{**models._TRANSFORMER, "num_hidden_layers": 10, "tie_word_embeddings": False})
+    layers = "model.layers.{*}"
+    fsdp2 = Fsdp2Config(recompute_modules=recompute and (layers,), offload_activations=(layers,))
+    with torch.device("meta"):
+        root = Qwen3ForCausalLM(config)
+    plan = build_plan(root, DENSE.policy, fsdp2, "")
+    mesh = build_device_mesh(fsdp2)
+    trace = trace_micro_batch(
+        root, plan, mesh, lambda m, b: loss(DENSE, m, b), prepare=lambda: filled(DENSE.batch(0))
+    )
+    line = timeline(plan, trace, Layout(1, 1, wrapped=False), Keeping())
+    live = LiveBytes()
+    with live:
+        module = Qwen3ForCausalLM(config)
+        modules = dict(module.named_modules())
+        wrap_activations(modules, plan)
+        HostApart.live, accelerator = live, HostApart("cpu")
+        offloader = Offloader(accelerator, min_bytes=256, force=True)
+        for wrapper in module.modules():
+            if isinstance(wrapper, OffloadWrapper):
+                wrapper.offloader = offloader
+        optimizer = optimizer_of(module)
+        for _ in range(2):
+            live.reset_peak()
+            kept = loss(DENSE, module, DENSE.batch(0))
+            kept[0].backward()
+            del kept
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return line, live.peak, offloader.copied_bytes // 2
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("recompute", [(), ("yes",)], ids=["kept", "recomputed"])
+def test_offloaded_activations_are_in_host_memory(recompute: tuple[str, ...]) -> None:
+    line, peak, copied = run_ranks(offloaded, 1, recompute, timeout=110)[0]
+    assert line.peak_bytes == pytest.approx(peak, rel=0.1), line.moment
+    # The last layer's are copied too, and stay.
+    assert line.host_activation_bytes == pytest.approx(copied * 9 / 10, rel=0.1)
 
 
 def flops(model: TinyModel, fsdp2: dict[str, Any]) -> tuple[Flops, int]:

@@ -76,3 +76,19 @@ def test_a_job_that_fits_may_be_faster() -> None:
     (one,) = advise(given, replan(given), replan)
     assert one.change == "recompute_modules: [] in the sharding file"
     assert one.seconds == 1.0
+
+
+def test_activations_may_wait_in_host_memory() -> None:
+    """Where there are more blocks than stay on the device, by the pattern that the sharding file takes."""
+    given = job()
+
+    def replan(other: TrainingJob) -> PlanResult:
+        moved = other.fsdp2.offload_activations
+        assert moved in (None, ("predictor.blocks.{*}",))
+        timeline = Timeline((MemoryEvent("forward", "", RankBytes(activations=900 if moved else 2000)),))
+        one = costs(plan(4, offload_activations=moved or ()), timeline=timeline)
+        return PlanResult(one, 4, {}, "test", LIMIT, (), StepTime(matmul=1.0), bool(moved))
+
+    (only,) = advise(given, replan(given), replan)
+    assert only.fits
+    assert only.change == "offload_activations: ['predictor.blocks.{*}'] in the sharding file"
