@@ -112,6 +112,7 @@ def step_costs(job: TrainingJob, world: int) -> StepCosts:
         shards=shards,
         micro_batches=micro_batches,
         tokens=tokens,
+        optimizer_states=keeping.optimizer_states,
         notes=(*frozen.notes, *_notes(job, balanced, plan), *_stage_notes(fullest, len(stages))),
     )
 

@@ -272,6 +272,7 @@ class StepCosts:
         flops: of a whole step: all units, all micro batches.
         micro_batches: of a step.
         tokens: that the model reads on this rank in one micro batch.
+        optimizer_states: copies of the trained parameters in `steady.optimizer`.
         notes: what the numbers assume, one sentence each.
         plan: of the trained root on this rank.
         numel: elements of each parameter that the rank computes with; fewer than the whole where experts or tensors are
@@ -290,6 +291,7 @@ class StepCosts:
     shards: int = 1
     micro_batches: int = 1
     tokens: int = 0
+    optimizer_states: int = 2
     notes: tuple[str, ...] = ()
 
 

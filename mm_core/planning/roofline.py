@@ -111,11 +111,13 @@ def _compute_bytes(plan: ShardingPlan) -> int:
 
 
 def _optimizer_bytes(costs: StepCosts, plan: ShardingPlan) -> int:
-    """AdamW reads parameters, gradients and two states, and writes all but the gradients."""
+    """AdamW reads parameters, gradients and two states, and writes all but the gradients; an average of the weights is a third
+    state.
+    """
     if plan.offload_to_cpu:
         return 0
     steady = costs.steady
-    trained = steady.optimizer // 2
+    trained = steady.optimizer // costs.optimizer_states
     return 2 * trained + trained + 2 * steady.optimizer
 
 

@@ -29,6 +29,11 @@ def test_memory_bound_operations() -> None:
     assert time.other == pytest.approx((2 * 3 * 5000 + 1400) / 1e5)
 
 
+def test_an_average_of_the_weights_is_read_and_written() -> None:
+    averaged = costs(optimizer_states=3)  # of 400 bytes, 133 of parameters
+    assert step_time(averaged, (), DEVICE, ONE).other == pytest.approx((3 * 133 + 2 * 400) / 1e5)
+
+
 def test_the_dtype_of_compute_decides() -> None:
     import torch
 
