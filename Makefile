@@ -7,11 +7,12 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-war
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-full lint format generated docs bench clean help
+.PHONY: setup demo demo-vl test test-full lint format generated docs bench clean help
 
 help:
 	@echo "make setup      .venv with the tested versions, the core, the plugins, and the example plugins as wheels"
 	@echo "make demo       train a tiny Wan2.2 on two real clips and look at it (some minutes)"
+	@echo "make demo-vl    train a tiny Qwen3-VL on eight photographs, and ask it what they show, before and after (two minutes)"
 	@echo "make test       the tests; make test-full runs the slow ones too"
 	@echo "make lint       ruff, mypy, import-linter"
 	@echo "make bench      our training step against a plain loop, sharded and not; finding plugins; checking a configuration; weights"
@@ -36,6 +37,9 @@ $(VENV)/.dev: $(VENV)/.setup requirements-dev.txt
 
 demo: $(VENV)/.setup
 	$(BIN)/python examples/tiny/wan22-t2v/demo.py
+
+demo-vl: $(VENV)/.setup
+	$(BIN)/python examples/tiny/qwen3vl/demo.py
 
 # Most of the time goes into starting processes, so tests run side by side, each with one thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal

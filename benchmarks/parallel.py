@@ -176,7 +176,7 @@ def by_hand(model: str, script: str) -> Step:
             output = module(batch["noised"], batch["timestep"], batch["prompt"])
             return (output.float() - batch["target"]).square().flatten(1).mean(1).sum() / BATCH
         logits = module(input_ids=batch["input_ids"], use_cache=False).logits
-        return token_losses(logits, next_tokens(batch["labels"]))[0].sum() / (BATCH * (LENGTH - 1))
+        return token_losses(logits, next_tokens(batch["labels"])).sum() / (BATCH * (LENGTH - 1))
 
     if script == "pipeline":
         step = plain.pipeline(made, _pipeline_inputs, LR, CLIP, BATCH)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     TRANSFORMERS_MODEL_MAPPINGS: Registry[Any]
     I2V_PROCESSOR_MAPPINGS: Registry[Any]
     DATASET_MAPPINGS: Registry[Any]
+    CHAT_TEMPLATE_MAPPINGS: Registry[Any]
     PIPELINE_MAPPINGS: Registry[Any]
     TASK_MAPPINGS: Registry[Any]
     CALLBACK_MAPPINGS: Registry[Any]
@@ -37,6 +38,7 @@ _MAPPINGS = {
     "TRANSFORMERS_MODEL_MAPPINGS": "mm_core.transformers_models",
     "I2V_PROCESSOR_MAPPINGS": "mm_core.i2v_processors",
     "DATASET_MAPPINGS": "mm_core.datasets",
+    "CHAT_TEMPLATE_MAPPINGS": "mm_core.chat_templates",
     "PIPELINE_MAPPINGS": "mm_core.pipelines",
     "TASK_MAPPINGS": "mm_core.tasks",
     "CALLBACK_MAPPINGS": "mm_core.callbacks",

@@ -57,8 +57,7 @@ def _parser() -> _Parser:
     add(
         "--component",
         choices=tuple(SECTIONS),
-        default="predictor",
-        help="which component (default: predictor)",
+        help="which component (default: that of the run, else predictor)",
     )
     add(
         "--dtype",
@@ -66,6 +65,12 @@ def _parser() -> _Parser:
         metavar="{" + ",".join(_DTYPES) + "}",
         help="of all floating-point tensors (default: as they came)",
     )
+    add(
+        "--merge-lora",
+        action="store_true",
+        help="of a run with LoRA write the whole network with the adapter added (default: the adapter's folder)",
+    )
+    add("--base", metavar="FOLDER", help="weights under the adapter, if they lie elsewhere than in training")
     add("--ema", action="store_true", help="take the averaged weights of a run")
     add("--max-shard-size", metavar="SIZE", default="5GB", help="bytes of one file, such as 500MB or 10GiB")
     add("--format", choices=("text", "json"), default="text", help="of what is printed (default: text)")
@@ -133,6 +138,8 @@ def run(argv: list[str]) -> int:
         component=options.component,
         dtype=parse_dtype(options.dtype) if options.dtype else None,
         ema=options.ema,
+        merge_lora=options.merge_lora,
+        base=options.base,
         max_file_bytes=limit,
     )
     sys.stdout.write(json_text(done.as_json()) if options.format == "json" else printable(_text(done)))

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
+from mm_core.cli.generate_chat import help_text, is_chat
+from mm_core.cli.generate_chat import run as generate_chat
 from mm_core.config import GenerationJob, load_generation_job
 from mm_core.config.environment import check_environment, whole_number
 from mm_core.config.findings import ConfigError, Finding, has_errors
@@ -31,7 +33,9 @@ def _parser() -> _Parser:
         prog="mm generate",
         description="Write one MP4 for each prompt, and beside it a JSON that says how to make it again.",
         allow_abbrev=False,
-        epilog="Flags of MindSpeed-MM's inference scripts, which `mm train --help` lists, are accepted as well: what "
+        epilog="With --model FOLDER, with the model file of a chat model, or with --load RUN alone it replies to prompts with "
+        "images and videos instead, with the flags below. "
+        "Flags of MindSpeed-MM's inference scripts, which `mm train --help` lists, are accepted as well: what "
         "only training reads gets a note, and what would change the videos is refused.",
     )
     add = parser.add_argument
@@ -102,8 +106,10 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Finding]]:
 def run(argv: list[str]) -> int:
     """Check the inference file without torch, then build the pipeline and write the videos."""
     if "-h" in argv or "--help" in argv:
-        sys.stdout.write(_parser().format_help())
+        sys.stdout.write(f"{_parser().format_help()}\n{help_text()}")
         return 0
+    if is_chat(argv):
+        return generate_chat(argv) if _is_alone() else 0
     options, findings = _parse(argv)
     if not _is_alone():
         return 0  # rank 0 says it; the launcher would kill it before, if another rank failed first
@@ -128,7 +134,7 @@ def run(argv: list[str]) -> int:
 
 
 def _is_alone() -> bool:
-    """Whether this process makes the videos by itself.
+    """Whether this process does everything by itself.
 
     Raises:
         UserError: on rank 0 of several.
@@ -136,8 +142,8 @@ def _is_alone() -> bool:
     ranks = whole_number("WORLD_SIZE", 1)
     if ranks > 1 and whole_number("RANK", 0) == 0:
         raise UserError(
-            f"mm generate makes its videos in one process, and {ranks} were started (WORLD_SIZE={ranks}); start one "
-            "(torchrun --nproc_per_node 1), or several commands with their own --prompt and --save-path."
+            f"mm generate works in one process, and {ranks} were started (WORLD_SIZE={ranks}); start one "
+            "(torchrun --nproc_per_node 1), or several commands, each with its own prompts and its own place to save."
         )
     return ranks <= 1
 

@@ -155,4 +155,4 @@ def _expected(group: str, role: str) -> bool:
         return role in _WITH_POLICY
     if group == "mm_core.weights":
         return role in _WITH_WEIGHTS
-    return group == "mm_core.configs" and role not in ("pipeline", "task", "callback")
+    return group == "mm_core.configs" and role not in ("pipeline", "task", "callback", "chat_template")

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mm_core.config.component import ComponentConfig
+from mm_core.config.component import WITHOUT_SECTION, ComponentConfig
 from mm_core.config.document import Document
 from mm_core.config.findings import ConfigError, Finding, has_errors
-from mm_core.config.parts import Part, check_part, resolve
+from mm_core.config.parts import Part, check_part, find_template, resolve
 from mm_core.config.plugins import job_selection, named_plugins, path_of, selection_finding
 from mm_registry.errors import RegistryError, SelectionError
 from mm_registry.manager import PluginManager
@@ -40,13 +40,16 @@ class Assembly:
             return None
 
     def resolve_all(self, parts: Iterable[Part], document: Document) -> list[Part]:
-        """Resolve ids by metadata alone; the parts whose id means something."""
+        """Resolve ids by metadata alone; the parts whose id means something, and the chat templates of datasets."""
         resolved = []
         for part in parts:
             found, findings = resolve(part, document, self.manager)
             self.findings += findings
-            if found is not None:
-                resolved.append(found)
+            if found is None:
+                continue
+            resolved.append(found)
+            if found.role == "dataset" and (template := find_template(found, document, self.manager)):
+                resolved += self.resolve_all([template], document)
         return resolved
 
     def select(self, document: Document | None) -> None:
@@ -102,6 +105,10 @@ class Assembly:
         """
         components: dict[str, ComponentConfig] = {}
         for part in parts:
+            if part.role in WITHOUT_SECTION:
+                assert part.spec is not None
+                components[part.name] = ComponentConfig(part.role, part.id, part.spec, path=part.path)
+                continue
             component, findings = check_part(part, document, self.manager)
             if not has_errors(finding for finding in findings if finding.code != "missing-key"):
                 patched = self._overwrite(part, document)

@@ -18,11 +18,6 @@ _RECOMPUTE = "--recompute-granularity selective keeps the results of attention"
 _MEGATRON = "FSDP2 does it its own way"
 _GC = "Python collects garbage as usual"
 _METRICS = "metrics.jsonl and TensorBoard's files have the numbers of every step"
-_LORA = "LoRA is not available yet, and without it every weight would be trained"
-_LORA_OFF = "LoRA begins with --lora-target-modules, which is not available yet"
-_UNREAD = "MindSpeed-MM does not read it either"
-_SEQUENCE = "samples are as long as the dataset makes them; mm plan reads it"
-_LM = "the loss is the mean over every learnt token of the global batch"
 _LENGTHS = "samples are not dealt out by their sizes yet"
 _BALANCE = "samples are dealt in one global order, whatever their size"
 _BATCHING = "only --use-txt-dynamic-batching reads it"
@@ -51,7 +46,6 @@ class AcceptedFlags(SectionModel):
     vocab_size: _ModelInt = None
     padded_vocab_size: _ModelInt = None
     make_vocab_size_divisible_by: _ModelInt = None
-    seq_length: Annotated[int | None, NoEffect(_SEQUENCE)] = None
     max_position_embeddings: _ModelInt = None
     num_layers: _ModelInt = None
     hidden_size: _ModelInt = None
@@ -100,12 +94,6 @@ class AcceptedFlags(SectionModel):
     log_validation_ppl_to_tensorboard: Annotated[bool, NoEffect(_METRICS)] = False
     tensorboard_log_interval: Annotated[int | None, NoEffect(_METRICS)] = None
     tensorboard_queue_size: Annotated[int | None, NoEffect(_METRICS)] = None
-    lora_r: Annotated[int | None, NoEffect(_LORA_OFF)] = None
-    lora_alpha: Annotated[int | None, NoEffect(_LORA_OFF)] = None
-    lora_dropout: Annotated[float | None, NoEffect(_LORA_OFF)] = None
-    lora_register_forward_hook: Annotated[list[str] | None, NoEffect(_LORA_OFF)] = None
-    lora_apply_modules: Annotated[list[str] | None, NoEffect(_UNREAD)] = None
-    lora_mixed_training: Annotated[str | None, NoEffect(_UNREAD)] = None
     dpo_beta: Annotated[float | None, NoEffect(_DPO_ONLY)] = None
     dpo_loss_type: Annotated[str | None, NoEffect(_DPO_ONLY)] = None
     dpo_label_smoothing: Annotated[float | None, NoEffect(_DPO_ONLY)] = None
@@ -122,14 +110,6 @@ class AcceptedFlags(SectionModel):
 class UnavailableFlags(SectionModel):
     """Right in MindSpeed-MM, not available yet"""
 
-    lora_target_modules: Annotated[list[str] | None, NotYet(None, (), reason=_LORA)] = None
-    lora_target_parameters: Annotated[list[str] | None, NotYet(None, (), reason=_LORA)] = None
-    lora_load: Annotated[str | None, NotYet(None, reason=_LORA)] = None
-    load_base_model: Annotated[str | None, NotYet(None, reason=_LORA)] = None
-    calculate_per_sample_loss: Annotated[bool, NotYet(False, reason=_LM)] = False
-    calculate_per_token_loss: Annotated[bool, NotYet(False, reason=_LM)] = False
-    calculate_square_loss: Annotated[bool, NotYet(False, reason=_LM)] = False
-    calculate_token_loss: Annotated[bool, NotYet(False, reason=_LM)] = False
     use_txt_dynamic_batching: Annotated[bool, NotYet(False, reason=_LENGTHS)] = False
     use_data_balance: Annotated[bool, NotYet(False, reason=_BALANCE)] = False
     use_image_mbs_data_balance: Annotated[bool, NotYet(False, reason=_LENGTHS)] = False

@@ -8,12 +8,16 @@ from pydantic import BaseModel, Field
 
 from mm_core.config.dtypes import DType
 from mm_core.config.keys import NoEffect
+from mm_core.config.lora import LoraConfig
 from mm_core.config.origin import KeyPath
 from mm_core.config.section import SectionModel
 from mm_registry.spec import EntrySpec
 
 #: Roles whose components have weights, and so the keys of `WeightKeys`.
 WITH_WEIGHTS = frozenset({"predictor", "ae", "text_encoder"})
+
+#: Roles that are chosen by an id alone, without a section of their own.
+WITHOUT_SECTION = frozenset({"task", "chat_template"})
 
 #: Keys that choose a component where it is not `model_id`.
 ID_KEYS = {"dataset": "dataset_type", "i2v_processor": "processor_id"}
@@ -50,8 +54,8 @@ class ComponentConfig:
     """What a factory needs to build one component.
 
     Attributes:
-        role: `predictor`, `ae`, `text_encoder`, `diffusion`, `i2v_processor`, `dataset`, `task`, `pipeline`,
-            `transformers_model`.
+        role: `predictor`, `ae`, `text_encoder`, `diffusion`, `i2v_processor`, `dataset`, `chat_template`, `task`,
+            `pipeline`, `transformers_model`.
         model_id: as written.
         spec: the entry that it means.
         config: the section, validated by the config class of the entry; None if it registers none.
@@ -61,6 +65,7 @@ class ComponentConfig:
         from_pretrained: folder of weights, or None.
         init: where the weights come from.
         path: place of the section in its file, such as `("predictor",)`.
+        lora: adapters of what is trained, if there are any.
     """
 
     role: str
@@ -72,6 +77,7 @@ class ComponentConfig:
     from_pretrained: str | None = None
     init: Literal["pretrained", "random"] = "pretrained"
     path: KeyPath = ()
+    lora: LoraConfig | None = None
 
     @property
     def id_key(self) -> str:

@@ -13,7 +13,7 @@ from mm_core.config.component import ComponentConfig
 from mm_core.config.document import Document, read_document
 from mm_core.config.findings import ConfigError, Finding, has_errors
 from mm_core.config.job_file import from_document
-from mm_core.config.kinds import JOB_KINDS, detect_kind, without_schema
+from mm_core.config.kinds import JOB_KINDS, Kind, detect_kind, without_schema
 from mm_core.config.parts import check_part, find_part
 from mm_registry import PluginManager, default_manager
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mm_registry.hooks import ActiveHooks
 
 #: Sections of which a component can be taken, and their roles.
-SECTIONS = {"predictor": "predictor", "low_noise_predictor": "predictor"}
+SECTIONS = {"predictor": "predictor", "low_noise_predictor": "predictor", "model": "transformers_model"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def read_component(path: str, name: str, *, manager: PluginManager | None = None
         if "model" not in job.sections and "mm_model" in job.flags:
             return read_component(str(job.flags["mm_model"].value), name, manager=manager)
         document = job.sections.get("model", document)
-    if name != "predictor" and not isinstance(document.data.get(name), Mapping):
+    if detect_kind(document) is Kind.TRANSFORMERS:
+        name = "model"
+    elif name != "predictor" and not isinstance(document.data.get(name), Mapping):
         name = "predictor"
     return _checked(document, name, manager or default_manager(), written=True)
 
@@ -75,6 +77,8 @@ def stored_component(values: Mapping[str, Any], name: str, source: str) -> LoneC
 def _checked(document: Document, name: str, manager: PluginManager, *, written: bool) -> LoneComponent:
     assembly = Assembly(manager)
     assembly.select(document)
+    if name == "model":
+        return _network(document, assembly)
     part, found = find_part(document, name, SECTIONS[name], (name,))
     assembly.findings += found
     if part is None and not has_errors(found):
@@ -95,4 +99,16 @@ def _checked(document: Document, name: str, manager: PluginManager, *, written: 
         assembly.findings += found
     if component is None or has_errors(assembly.findings):
         raise ConfigError(assembly.findings)
+    return LoneComponent(component, assembly.hooks)
+
+
+def _network(document: Document, assembly: Assembly) -> LoneComponent:
+    """The network of a transformers model's file, whose sections are not all its own."""
+    from mm_core.config.transformers_check import NAME, check_transformers_model
+
+    draft = check_transformers_model(document, assembly, "error", load="")  # weights are what is converted
+    component = draft.components.get(NAME)
+    if component is None or has_errors(assembly.findings):
+        raise ConfigError(assembly.findings)
+    assembly.activate(draft.parts, document)
     return LoneComponent(component, assembly.hooks)

@@ -18,11 +18,16 @@ class CollateConfig(SectionModel):
     """`dataloader_param.collate_param`, of vision-language models."""
 
     model_name: Annotated[
-        str | None, Field(min_length=1, description="Family whose samples are stacked, such as `qwen3vl`.")
+        str | None,
+        NoEffect("the dataset's own collation fits its samples"),
+        Field(min_length=1, description="Family whose samples are stacked, such as `qwen3vl`."),
     ] = None
     ignore_pad_token_for_loss: Annotated[
         bool,
-        NotYet(True, reason="padding never counts in the loss"),
+        Only(
+            True,
+            reason="padding that is learnt would let the loss depend on which samples share a micro batch",
+        ),
         Field(description="Leave padding out of the loss."),
     ] = True
 
@@ -101,9 +106,7 @@ class DataloaderConfig(SectionModel):
         Field(description="Which buckets come first."),
     ] = None
     collate_param: Annotated[
-        CollateConfig | None,
-        NoEffect("the dataset brings its own collation"),
-        Field(description="How samples are stacked to a batch."),
+        CollateConfig | None, Field(description="How samples are stacked to a batch.")
     ] = None
     batch_size: Annotated[
         int | None,

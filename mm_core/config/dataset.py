@@ -1,6 +1,6 @@
 """`dataset_param` with `dataset_type: t2v`: videos with captions."""
 
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -217,6 +217,9 @@ class T2VDatasetConfig(SectionModel):
     """Videos with captions. An annotation is a JSON list of objects with at least `path` and `cap` (a text
     or several).
     """
+
+    validates: ClassVar[bool] = False
+    """Whether there is a validation set, for `--eval-interval`."""
 
     dataset_type: Annotated[str, Field(description="Id of the dataset.")] = "t2v"
     basic_parameters: Annotated[BasicParameters, Field(description="Where the samples are.")]

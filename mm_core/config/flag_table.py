@@ -8,6 +8,8 @@ from pydantic_core import PydanticCustomError
 
 from mm_core.config.classic_flags import AcceptedFlags, RefusedFlags, UnavailableFlags
 from mm_core.config.keys import NoEffect, NotYet, Only
+from mm_core.config.lora import LoraFlags
+from mm_core.config.loss_flags import LossFlags
 from mm_core.config.recompute import Granularity, Method
 from mm_core.config.section import SectionModel
 
@@ -65,6 +67,7 @@ class BatchFlags(SectionModel):
             le=2**20,
         ),
     ] = 0
+    seq_length: Annotated[int | None, _help("tokens of a sequence of texts, at most", ge=1, le=2**31)] = None
     num_workers: Annotated[
         int, _help("processes that load data, for each rank; 0: the rank loads itself", ge=0, le=1024)
     ] = 2
@@ -364,8 +367,16 @@ class LogFlags(SectionModel):
     log_throughput: Annotated[bool, NoEffect("samples/s are always logged", quiet_for=(True,))] = False
     log_tps: Annotated[bool, NoEffect("tokens/s are always logged", quiet_for=(True,))] = False
     timing_log_level: Annotated[int | None, NoEffect("tools.json chooses what is profiled")] = None
-    eval_interval: Annotated[int | None, NoEffect("there is no validation yet")] = None
-    eval_iters: Annotated[int | None, NoEffect("there is no validation yet")] = None
+    eval_interval: Annotated[
+        int | None,
+        _help(
+            "optimizer steps between validations, if the dataset has a validation set; default: 1000", ge=1
+        ),
+    ] = None
+    eval_iters: Annotated[
+        int | None,
+        _help("global batches of one validation, 0 for none; default: the whole validation set", ge=0),
+    ] = None
 
 
 #: In the order of the help page.
@@ -375,6 +386,8 @@ GROUPS: tuple[type[SectionModel], ...] = (
     OptimizerFlags,
     ScheduleFlags,
     CheckpointFlags,
+    LoraFlags,
+    LossFlags,
     PrecisionFlags,
     RecomputeFlags,
     LaunchFlags,

@@ -23,6 +23,8 @@ class TrainFlags(
     table.OptimizerFlags,
     table.ScheduleFlags,
     table.CheckpointFlags,
+    table.LoraFlags,
+    table.LossFlags,
     table.PrecisionFlags,
     table.RecomputeFlags,
     table.LaunchFlags,

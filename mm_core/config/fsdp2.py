@@ -30,6 +30,7 @@ PATTERN_FIELDS = (
     "ignored_modules",
     "recompute_modules",
     "offload_activations",
+    "compile_modules",
     "moe_modules",
 )
 """The fields that hold patterns, each a tuple or None."""
@@ -131,6 +132,13 @@ class Fsdp2Config(SectionModel):
     offload_activations: Annotated[
         tuple[Pattern, ...] | None,
         Field(description="Modules whose saved activations wait for backward in host memory."),
+    ] = None
+    compile_modules: Annotated[
+        tuple[Pattern, ...] | None,
+        Field(
+            description="Modules whose forward is compiled by torch.compile, each by itself: blocks of one class are compiled "
+            "once. The first steps take longer; without it everything runs as it is written."
+        ),
     ] = None
     use_reentrant: Annotated[
         bool,

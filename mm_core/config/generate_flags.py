@@ -34,10 +34,15 @@ _OF_TRAINING = (
     table.OptimizerFlags,
     table.ScheduleFlags,
     table.CheckpointFlags,
+    table.LossFlags,
     table.PrecisionFlags,
     table.LogFlags,
 )
+_ADAPTER = "adapters are not added to a network while videos are made; `mm convert --merge-lora` writes one with its adapter"
 _MARKS: dict[str, Any] = {
+    **dict.fromkeys(("lora_target_modules", "lora_target_parameters"), NotYet(None, (), reason=_ADAPTER)),
+    **dict.fromkeys(("lora_load", "load_base_model"), NotYet(None, reason=_ADAPTER)),
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), NoEffect("it is of LoRA's training")),
     "bf16": NoEffect(_DTYPE),
     "fp16": NoEffect(_DTYPE),
     "finetune": NoEffect("only weights are loaded", quiet_for=(True,)),

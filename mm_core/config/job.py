@@ -12,14 +12,14 @@ from pydantic import BaseModel
 
 from mm_core.config import cross_checks as cross
 from mm_core.config.assemble import Assembly, used_plugins
-from mm_core.config.component import ComponentConfig
+from mm_core.config.component import WITHOUT_SECTION, ComponentConfig
 from mm_core.config.data import DataConfig
 from mm_core.config.document import Document, link_notes
+from mm_core.config.filled import with_precision, with_recomputation
 from mm_core.config.findings import (
     ConfigError,
     Finding,
     has_errors,
-    show,
     sort_findings,
     unavailable_is_error,
 )
@@ -29,14 +29,14 @@ from mm_core.config.flags import TrainFlags, flag_name, required_flags, world_si
 from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.job_file import read_section
 from mm_core.config.kinds import Kind, detect_kind
+from mm_core.config.lora import LoraConfig, weights_given, with_lora
+from mm_core.config.loss_flags import with_loss_flags
 from mm_core.config.machine import check_surroundings
 from mm_core.config.model import COMPONENT_SECTIONS, ModelConfig
 from mm_core.config.origin import KeyPath
 from mm_core.config.overrides import FLAG_OF, SECTIONS
 from mm_core.config.parallel import EXPERTS_KEY, ParallelSizes, with_expert_flag
 from mm_core.config.parts import Part, find_callbacks, find_part, find_parts
-from mm_core.config.recompute import KEYS as RECOMPUTE_KEYS
-from mm_core.config.recompute import with_recompute_flags
 from mm_core.config.resolved import component_values, legacy_paths, origins_of, place, plain
 from mm_core.config.section import check_section
 from mm_core.config.tools import ToolsConfig
@@ -87,6 +87,11 @@ class TrainingJob:
         """How many ranks share one model."""
         return parallel_sizes(self.flags, self.fsdp2, self.documents.get("model"))
 
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapters that are trained; None: the weights themselves are."""
+        return next((c.lora for c in self.components.values() if c.lora is not None), None)
+
     def resolved(self) -> dict[str, Any]:
         """Return the whole configuration, JSON-able.
 
@@ -100,7 +105,7 @@ class TrainingJob:
                 place(data, component.path, component_values(component, "dataset_type"))
             elif component.role == "transformers_model":
                 model |= plain(component.fields)
-            elif component.role != "task":
+            elif component.role not in WITHOUT_SECTION:
                 place(model, component.path, component_values(component))
         flags = plain(self.flags)
         launch = {name: flags.pop(name) for name in LaunchFlags.model_fields}
@@ -223,11 +228,16 @@ def draft_training_job(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -
         assembly.findings += found
     assembly.select(model)
     networks: list[Part] = []
+    if model is not None:
+        language = detect_kind(model) is Kind.TRANSFORMERS
+        draft.documents["model"], found = with_loss_flags(model, draft.flags, language=language)
+        model = draft.documents["model"]
+        assembly.findings += found
     if model is not None and detect_kind(model) is Kind.TRANSFORMERS:
         from mm_core.config.transformers_check import check_transformers_model  # few jobs are of this kind
 
         found_model = check_transformers_model(
-            model, assembly, "error", load=flags.load, weights="error" if to_run else "note"
+            model, assembly, "error", load=weights_given(flags), weights="error" if to_run else "note"
         )
         draft.model, draft.components = found_model.section, found_model.components
         draft.callbacks, networks = found_model.callbacks, found_model.parts
@@ -319,9 +329,13 @@ def _cross_checks(draft: TrainingDraft, ranks: int, *, to_run: bool) -> list[Fin
     flags, model, data = draft.flags, draft.documents.get("model"), draft.documents.get("data")
     findings = list(cross.check_load(flags))
     if model is not None:
-        models = {name: c for name, c in draft.components.items() if c.role not in ("dataset", "task")}
+        models = {
+            name: c for name, c in draft.components.items() if c.role not in {"dataset", *WITHOUT_SECTION}
+        }
         findings += cross.check_folders(models.values(), model)
-        findings += cross.check_weights(models, model, load=flags.load, level="error" if to_run else "note")
+        findings += cross.check_weights(
+            models, model, load=weights_given(flags), level="error" if to_run else "note"
+        )
         findings += cross.check_channels(models, model)
         findings += cross.check_layers(models, model, flags)
         place = ("dataset_param", "tokenizer_config", "model_max_length")
@@ -333,62 +347,19 @@ def _cross_checks(draft: TrainingDraft, ranks: int, *, to_run: bool) -> list[Fin
     if data is not None:
         findings += cross.check_path(data, ("dataset_param", "basic_parameters", "data_path"), "file")
         findings += cross.check_data_files(data)
+        findings += cross.check_sequence_length(draft.components.get("dataset"), data, flags)
         findings += cross.check_path(data, ("dataset_param", "tokenizer_config", "from_pretrained"), "folder")
+    findings += cross.check_validation(draft.components.get("dataset"), flags)
     if draft.fsdp2 is not None:
-        draft.fsdp2, found = _precision(draft, draft.fsdp2)
+        draft.fsdp2, found = with_precision(draft, draft.fsdp2)
         findings += found
-        draft.fsdp2, found = _recompute(draft, draft.fsdp2)
+        draft.fsdp2, found = with_recomputation(draft, draft.fsdp2)
+        findings += found
+        sharding = draft.documents.get("fsdp2")
+        draft.components, found = with_lora(draft.components, flags, model, draft.fsdp2, sharding)
         findings += found
         # A check that does not say how many ranks there will be is not asked to divide by them.
         known = to_run or flags.nproc_per_node is not None or ranks > 1
         if draft.tools is not None and known:
             findings += cross.check_ranks(flags, draft.fsdp2, draft.documents["fsdp2"], draft.tools, ranks)
     return findings
-
-
-def _recompute(draft: TrainingDraft, fsdp2: Fsdp2Config) -> tuple[Fsdp2Config, list[Finding]]:
-    """Let the flags of recomputation fill what fsdp2.yaml leaves open."""
-    filled, findings = with_recompute_flags(fsdp2, draft.flags)
-    for name in RECOMPUTE_KEYS:
-        value = getattr(filled, name, None)
-        if value is not None and name not in fsdp2.model_fields_set:
-            document, origin = draft.documents["fsdp2"], draft.flags.origin(name)
-            draft.documents["fsdp2"] = document.replaced((name,), value, origin)
-    return filled, findings
-
-
-def _precision(draft: TrainingDraft, fsdp2: Fsdp2Config) -> tuple[Fsdp2Config, list[Finding]]:
-    """Let `--bf16` fill param_dtype and reduce_dtype, and say that a predictor's own dtype does not
-    decide.
-    """
-    findings: list[Finding] = []
-    if draft.flags.bf16:
-        if fsdp2.param_dtype is None:
-            chosen = {"param_dtype": "bf16", "reduce_dtype": fsdp2.reduce_dtype or "fp32"}
-            fsdp2 = fsdp2.filled(chosen, "--bf16")
-            for name, value in chosen.items():
-                document = draft.documents["fsdp2"]
-                if not document.has((name,)) or document.value((name,)) is None:
-                    origin = draft.flags.origin("bf16")
-                    draft.documents["fsdp2"] = document.replaced((name,), value, origin)
-        elif fsdp2.param_dtype != "bf16":
-            origin = draft.documents["fsdp2"].origin(("param_dtype",))
-            text = f"param_dtype is {show(fsdp2.param_dtype)}, but --bf16 is given"
-            findings.append(
-                Finding.at(
-                    origin, "error", "conflict", text, path=("param_dtype",), suggestion="Keep one of them"
-                )
-            )
-    predictor, model = draft.components.get("predictor"), draft.documents.get("model")
-    if (
-        predictor is not None
-        and model is not None
-        and predictor.dtype not in (None, fsdp2.param_dtype or "fp32")
-    ):
-        path: KeyPath = (*predictor.path, "dtype")
-        text = (
-            '"dtype" has no effect in training: param_dtype of fsdp2.yaml '
-            f"({fsdp2.param_dtype or 'fp32'}) decides"
-        )
-        findings.append(Finding.at(model.key_origin(path), "note", "no-effect", text, path=path))
-    return fsdp2, findings

@@ -10,7 +10,6 @@ from mm_core.config.patch import PatchConfig
 from mm_core.config.plugins import Name, PluginsConfig
 from mm_core.config.section import SectionModel
 
-_LORA = "LoRA is not available yet, and every weight of the predictor would be trained"
 _FEATURES = "{} are encoded during training, not yet read from stored features"
 
 
@@ -96,17 +95,14 @@ class ModelConfig(SectionModel):
     ] = None
     lora_apply_modules: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None,
-        NotYet(None, reason=_LORA),
         Field(description='Components whose layers get LoRA; `["all"]` means every one.'),
     ] = None
     lora_mixed_training: Annotated[
         bool | None,
-        NotYet(None, False, reason=_LORA),
         Field(description="Train the weights of components without LoRA beside those of LoRA."),
     ] = None
     lora_save_full_weight: Annotated[
         bool | None,
-        NotYet(None, False, reason=_LORA),
         Field(description="Save merged weights beside those of LoRA."),
     ] = None
 

@@ -120,6 +120,21 @@ def find_callbacks(document: Document) -> list[Part]:
     return parts
 
 
+def find_template(dataset: Part, document: Document, manager: PluginManager) -> Part | None:
+    """Return the part of the chat template that a dataset's section names, if the class of that section says under which
+    key (`chat_template_key`); what is no id is for the class to say.
+    """
+    try:
+        key: KeyPath | None = getattr(config_class(dataset, manager), "chat_template_key", None)
+    except RegistryError:
+        return None  # said with the dataset itself
+    path = (*dataset.path, *(key or ()))
+    value = document.value(path) if key and document.has(path) else None
+    if not isinstance(value, str) or not value:
+        return None
+    return Part("chat_template", "chat_template", path, path, value)
+
+
 def resolve(part: Part, document: Document, manager: PluginManager) -> tuple[Part | None, list[Finding]]:
     """Find the entry that a part's id means, by metadata alone; an old id is a warning, and so is one that only a
     config class is registered for: its section can be checked, and nothing can be built.

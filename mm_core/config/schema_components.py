@@ -14,6 +14,7 @@ from mm_core import __version__
 from mm_core.config.component import WITH_WEIGHTS, IdKeys, WeightKeys
 from mm_core.config.generation_job import PIPELINE_KEYS
 from mm_core.config.model import COMPONENT_SECTIONS
+from mm_core.config.origin import KeyPath
 from mm_core.config.parts import Part, config_class
 from mm_core.config.schema_fields import Marked, Schema, Unmarked
 from mm_registry import PluginManager, RegistryError, default_manager
@@ -121,6 +122,7 @@ class Made:
     ) -> None:
         self.found = tuple(found)
         self._hooks = {spec.key[2] for spec in manager.specs(HOOKS)}
+        self._templates = ids_of("chat_template", manager)
         classes: set[type[BaseModel]] = {*tops, IdKeys, WeightKeys}
         classes |= {component.cls for component in self.found if component.cls is not None}
         inputs: Any = [
@@ -161,6 +163,8 @@ class Made:
         }
         if cls is not None:
             own = self.of(cls)
+            if template := getattr(cls, "chat_template_key", None):
+                self._choose_template(own, template)
             own["description"] = " ".join(filter(None, [own.get("description", ""), f"A {about}."]))
         required = [key for key in own.get("required", ()) if key not in core]
         if role == "pipeline":
@@ -179,6 +183,12 @@ class Made:
         own["properties"] = properties
         own.pop("required", None)
         return {**own, "required": required} if required else own
+
+    def _choose_template(self, section: Schema, key: KeyPath) -> None:
+        """Write the ids of chat templates into a dataset's section, where its class says that one stands."""
+        for name in key[:-1]:
+            section = self.defs[_target(section["properties"][name]["$ref"])]
+        enumerate_values(section["properties"][key[-1]], self._templates)
 
     def choice(self, role: str) -> Schema:
         """A section whose id tells which component's schema it follows."""

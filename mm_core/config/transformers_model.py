@@ -6,13 +6,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mm_core.config.keys import NoEffect, NotYet
+from mm_core.config.keys import NoEffect
 from mm_core.config.origin import KeyPath
 from mm_core.config.patch import PatchConfig
 from mm_core.config.plugins import Name, PluginsConfig
 from mm_core.config.section import SectionModel
-
-_LORA = "LoRA is not available yet, and every weight that is not frozen would be trained"
 
 
 class LossConfig(SectionModel):
@@ -20,7 +18,6 @@ class LossConfig(SectionModel):
 
     compute_mode: Annotated[
         Literal["default", "chunk", "dynamic_chunk"],
-        NotYet("default", reason="the logits of all tokens are computed at once"),
         Field(
             description="Logits of all tokens at once, of `chunk_size` tokens of each sample at a time, or of "
             "`chunk_size` tokens of the whole batch at a time: the same loss in less memory."
@@ -33,8 +30,10 @@ class LossConfig(SectionModel):
     ] = None
     loss_type: Annotated[
         Literal["default", "per_sample_loss", "per_token_loss", "token_loss", "square_loss"],
-        NotYet("default", reason="every token of the global batch has the same weight"),
-        Field(description="How the losses of tokens are weighted before they are added up."),
+        Field(
+            description="How much each learnt token counts in the mean over the global batch: the same for all; with "
+            "`per_sample_loss` 1/n in a sample of n, with `square_loss` 1/√n."
+        ),
     ] = "default"
     router_aux_loss_coef: Annotated[
         float, Field(ge=0.0, description="Weight of the loss that balances experts; 0: none.")
@@ -87,17 +86,14 @@ class TransformersModelConfig(SectionModel):
     )
     lora_apply_modules: Annotated[
         list[Annotated[str, Field(min_length=1)]] | None,
-        NotYet(None, reason=_LORA),
         Field(description='Parts whose layers get LoRA; `["all"]` means every one.'),
     ] = None
     lora_mixed_training: Annotated[
         bool | None,
-        NotYet(None, False, reason=_LORA),
         Field(description="Train the weights of parts without LoRA beside those of LoRA."),
     ] = None
     lora_save_full_weight: Annotated[
         bool | None,
-        NotYet(None, False, reason=_LORA),
         Field(description="Save merged weights beside those of LoRA."),
     ] = None
 
@@ -137,6 +133,8 @@ class TransformersFamilyConfig(SectionModel):
 
     #: `model_type` in the folder's config.json; empty if it is not to be compared.
     hf_model_type: ClassVar[str] = ""
+    #: Id of the chat template of conversations with the model, where nothing else names one.
+    chat_template: ClassVar[str] = "tokenizer"
     #: Key of the file -> the same number's key in config.json.
     hf_config_keys: ClassVar[Mapping[KeyPath, KeyPath]] = {}
 
@@ -146,9 +144,15 @@ class TransformersFamilyConfig(SectionModel):
 
     def attention_implementations(self) -> Mapping[str, str]:
         """Return the part of config.json (`text_config`; the empty text is the rest) -> transformers' name of the
-        attention that the file asks for. Parts that are left out use `sdpa`.
+        attention that the file asks for. For parts that are left out it is chosen by the device.
         """
         return {}
+
+    def experts_implementation(self) -> str | None:
+        """Return transformers' name of the way in which experts are computed, if the file asks for one; else it is chosen
+        by the device.
+        """
+        return None
 
     def example_image(self, config: Mapping[str, Any], area: int, room: int) -> ExampleImage | None:
         """Return the sizes of one image as the network reads it; None if it takes none, or the sequence has no room for

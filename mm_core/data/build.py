@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from mm_core.config.component import ComponentConfig
 
 
-def build_dataset(component: ComponentConfig, seed: int) -> Any:
+def build_dataset(component: ComponentConfig, seed: int, sequence_length: int | None = None) -> Any:
     """Build the dataset of a checked job: its class is called with the section's fields.
 
-    A class that declares a `seed` parameter gets the run's seed. (For a section in hand,
+    A class that declares a `seed` or a `sequence_length` parameter gets the run's. (For a section in hand,
     `DATASET_MAPPINGS["t2v"](**fields)` does the same.)
+
+    Args:
+        sequence_length: tokens of a sequence, `--seq-length`; None: not said.
 
     Raises:
         DataError: what the dataset says about its data.
@@ -23,5 +26,6 @@ def build_dataset(component: ComponentConfig, seed: int) -> Any:
     """
     dataset_class: Any = default_manager().load(component.spec)
     declared = inspect.signature(dataset_class).parameters
-    keyed = {"seed": seed} if "seed" in declared and "seed" not in component.fields else {}
-    return dataset_class(**component.fields, **keyed)
+    run = {"seed": seed, "sequence_length": sequence_length}
+    given = {name: value for name, value in run.items() if name in declared and name not in component.fields}
+    return dataset_class(**component.fields, **given)

@@ -86,13 +86,7 @@ def build_loader(
     Raises:
         DataError: the batch sizes do not fit, or the dataset can neither be indexed nor continued.
     """
-    options = data.dataloader_param
-    settings: dict[str, Any] = {
-        "num_workers": num_workers,
-        "pin_memory": bool(options.pin_memory) and torch.accelerator.is_available(),
-        "prefetch_factor": (options.prefetch_factor or 2) if num_workers else None,
-        "worker_init_fn": _start_worker if num_workers else None,
-    }
+    options, settings = data.dataloader_param, loader_settings(data, num_workers)
     collate_fn: Collate = getattr(dataset, "collate_fn", None) or collate
     if is_streamed(dataset):
         check_sizes(micro_batch_size, global_batch_size, dp_size)
@@ -117,9 +111,9 @@ def build_loader(
         consumed_samples=consumed_samples,
     )
     loader: DataLoader[Any] = DataLoader(
-        _Slots(dataset, seed),
+        Slots(dataset, seed),
         batch_sampler=sampler,
-        collate_fn=_Collate(collate_fn),
+        collate_fn=SlotCollate(collate_fn),
         # Its own seed: torch's would be drawn from the generator of module dropout, at each start of the run.
         generator=keyed_generator(seed, "workers", dp_rank),
         **settings,
@@ -127,7 +121,18 @@ def build_loader(
     return MicroBatches(loader)
 
 
-class _Slots(Dataset[Any]):
+def loader_settings(data: DataConfig, num_workers: int) -> dict[str, Any]:
+    """What torch's loader is told beside what it reads: workers, prefetching, pinned memory."""
+    options = data.dataloader_param
+    return {
+        "num_workers": num_workers,
+        "pin_memory": bool(options.pin_memory) and torch.accelerator.is_available(),
+        "prefetch_factor": (options.prefetch_factor or 2) if num_workers else None,
+        "worker_init_fn": start_worker if num_workers else None,
+    }
+
+
+class Slots(Dataset[Any]):
     """A dataset indexed by (dataset index, consumed-sample index)."""
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -148,7 +153,7 @@ class _Slots(Dataset[Any]):
         return {**item, "sample_index": key}
 
 
-class _Collate:
+class SlotCollate:
     """Collation that lets failures through; an object, not a closure, so that workers can be spawned."""
 
     def __init__(self, function: Collate) -> None:
@@ -166,7 +171,8 @@ class _Collate:
         return {**batch, "sample_index": indices}
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """What each worker does first."""
     # The tokenizers library warns about every fork otherwise; one caption at a time needs no threads.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)

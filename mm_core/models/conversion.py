@@ -13,6 +13,7 @@ from torch import nn
 
 from mm_core.config.component_file import LoneComponent, read_component, stored_component
 from mm_core.models.factory import build_component
+from mm_core.models.lora_conversion import convert_adapter
 from mm_core.models.pretrained import folder_differences
 from mm_core.weights.adapter import StateDictAdapter, find_adapter
 from mm_core.weights.convert import Conversion, convert_tensors, copy_folder, names_in_source
@@ -39,9 +40,11 @@ def convert(
     folder: Path,
     *,
     model_file: str | None = None,
-    component: str = "predictor",
+    component: str | None = None,
     dtype: torch.dtype | None = None,
     ema: bool = False,
+    merge_lora: bool = False,
+    base: str | None = None,
     max_file_bytes: int = LARGEST_FILE,
 ) -> Conversion:
     """Write weights as a Hugging Face folder, in one process, tensor by tensor.
@@ -50,10 +53,12 @@ def convert(
         source: our run or one checkpoint of it, a checkpoint of MindSpeed-MM, or a Hugging Face folder.
         folder: does not exist yet, or is empty; it appears whole or not at all.
         model_file: file with the component's section; needed where the source does not say what its network is.
-        component: name of the section.
+        component: name of the section; by default what a run has, else `predictor`.
         dtype: of all floating-point tensors; None keeps what the source has, and of a run that started from a folder
             what that folder has.
         ema: take the averaged weights.
+        merge_lora: of a run with LoRA write the whole network with its adapter added, not the adapter alone.
+        base: folder of the weights under it, if they lie elsewhere than in training.
 
     Raises:
         ConfigError: the model file or the stored section cannot be used.
@@ -67,24 +72,33 @@ def convert(
         raise WeightsError(
             f"--to {folder}: a run would take it for an unfinished checkpoint, and remove it; name another folder."
         )
-    lone = read_component(model_file, component) if model_file is not None else None
+    named = component or "predictor"
     if not source.exists():
         resolve_load(source, flag="--from")  # says what is close
     options: dict[str, Any] = {"dtype": dtype, "max_file_bytes": max_file_bytes}
+    if _is_ours(source) and not is_hf_folder(source):
+        lora = {"merge": merge_lora, "base": base}
+        checkpoint = resolve_load(source, flag="--from")
+        return _from_checkpoint(
+            checkpoint, folder, model_file, component, ema=ema, options=options, lora=lora
+        )
+    if merge_lora or base is not None:
+        flag = "--merge-lora" if merge_lora else "--base"
+        raise WeightsError(
+            f"{flag}: {source} is no run of ours, and adapters of those are added; leave it out."
+        )
+    lone = read_component(model_file, named) if model_file is not None else None
     if source.is_dir() and is_hf_folder(source):
         if ema:
             raise WeightsError(
                 f"--ema: {source} is a Hugging Face folder, which has one set of weights; leave it out."
             )
         return _from_folder(source, folder, lone, options)
-    if _is_ours(source):
-        checkpoint = resolve_load(source, flag="--from")
-        return _from_checkpoint(checkpoint, folder, lone, component, ema=ema, options=options)
     if ema:
         raise WeightsError(
             f"--ema: {source} is no run of ours, and averaged weights are read from those only."
         )
-    return _from_foreign(source, folder, lone, component, options)
+    return _from_foreign(source, folder, lone, named, options)
 
 
 def _is_ours(path: Path) -> bool:
@@ -116,15 +130,20 @@ def _from_folder(
 def _from_checkpoint(
     checkpoint: Path,
     folder: Path,
-    lone: LoneComponent | None,
-    component: str,
+    model_file: str | None,
+    component: str | None,
     *,
     ema: bool,
     options: dict[str, Any],
+    lora: Mapping[str, Any],
 ) -> Conversion:
     verify_contents(checkpoint)
-    state = read_state(checkpoint)["state"]
+    content = read_state(checkpoint)
+    state = content["state"]
     source = CheckpointSource(checkpoint)
+    modules = [name for name in content.get("modules") or () if not str(name).startswith(EMA)]
+    component = component or (modules[0] if len(modules) == 1 else "predictor")
+    lone = read_component(model_file, component) if model_file is not None else None
     # Keys are `<component>.<name>`, `ema.<component>.<name>` and `optim.<component>.<name>.<state>`.
     names = _below(source, f"{component}.")
     if not names:
@@ -147,6 +166,13 @@ def _from_checkpoint(
         lone = stored_component(values, component, str(checkpoint))
     stored = state.get("weights", {}).get(component)
     used = set(names.values())
+    if "lora" in state:
+        others = tuple(key for key in source.tensors if key not in used)
+        kind = f"a checkpoint of step {state['step']}" + (", averaged weights" if ema else "")
+        return convert_adapter(source, names, lone, folder, kind=kind, left_out=others, **lora, **options)
+    if lora["merge"] or lora["base"] is not None:
+        flag = "--merge-lora" if lora["merge"] else "--base"
+        raise WeightsError(f"{flag}: {checkpoint} was trained without LoRA, and is whole; leave it out.")
     return _write(
         source, names, folder, lone,
         kind=f"a checkpoint of step {state['step']}" + (", averaged weights" if ema else ""),

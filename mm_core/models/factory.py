@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from mm_core.accelerator import Accelerator, parse_dtype
+from mm_core.config.transformers_model import LossConfig
+from mm_core.models.kernels import Computation
+from mm_core.models.lora import add_lora
 from mm_core.models.sora import EXPERTS, SoRAModel
 from mm_core.models.transformers_model import NETWORK, TransformersModel, build_network
 from mm_core.random import keyed_seed
@@ -43,6 +46,7 @@ def build_component(
     *,
     hooks: pluggy.PluginManager | None = None,
     attention: str | None = None,
+    where: Computation | None = None,
 ) -> Any:
     """Build one component from its section.
 
@@ -54,6 +58,7 @@ def build_component(
     Args:
         hooks: activated plugins; their `post_build` sees each module.
         attention: transformers' name of the attention, for its networks, whatever their sections say.
+        where: such a network is going to compute, for the choice of its kernels.
 
     Raises:
         UserError: weights are missing or do not fit, the dtype has no kernels on the device, or the class
@@ -64,12 +69,20 @@ def build_component(
     if component.role in _FROZEN:
         built = _build_encoder(cls, component, torch.device(device))
     elif component.role == "transformers_model":
-        built = build_network(cls, component, device, attention=attention)
+        built = build_network(cls, component, device, attention=attention, where=where)
     else:
         with torch.device(device):
             built = _construct(cls, component)
     if hooks is not None and isinstance(built, nn.Module):
         run_post_build(hooks, component.role, component.spec.id, built)
+    if component.lora is not None:
+        add_lora(
+            built,
+            component.lora,
+            name=NETWORK if component.role == "transformers_model" else EXPERTS[0],
+            aliases=policy.aliases if (policy := sharding_policy(component)) is not None else {},
+            what=component.label,
+        )
     return built
 
 
@@ -79,13 +92,14 @@ def build_model(
     device: torch.device | str,
     hooks: pluggy.PluginManager | None = None,
     attention: str | None = None,
+    where: Computation | None = None,
 ) -> SoRAModel | TransformersModel:
     """Compose the model that a training job's sections describe, what is trained on the meta device.
 
     Args:
         components: with `model`, a network of transformers; else the parts of a diffusion model.
         device: of frozen encoders.
-        attention: see `build_component`.
+        attention, where: see `build_component`.
 
     Raises:
         UserError, BrokenPluginError: see `build_component`.
@@ -93,10 +107,12 @@ def build_model(
     if NETWORK not in components:
         return build_sora_model(components, device=device, hooks=hooks)
     component = components[NETWORK]
+    loss = LossConfig(**component.fields.get("loss_cfg", {}))
     return TransformersModel(
-        build_component(component, "meta", hooks=hooks, attention=attention),
+        build_component(component, "meta", hooks=hooks, attention=attention, where=where),
         sharding_policy=sharding_policy(component),
-        router_aux_loss_coef=component.fields.get("loss_cfg", {}).get("router_aux_loss_coef", 0.0),
+        router_aux_loss_coef=loss.router_aux_loss_coef,
+        loss=loss,
     )
 
 

@@ -12,7 +12,9 @@ from torch import nn
 
 from mm_core.config.document import expanded
 from mm_core.config.resolved import leaves
-from mm_core.config.transformers_model import TransformersFamilyConfig
+from mm_core.config.transformers_model import LossConfig, TransformersFamilyConfig
+from mm_core.models.kernels import Computation, chosen_attention, log_experts
+from mm_core.models.patch_embedding import compute_patches_as_linear
 from mm_core.models.pretrained import refuse_foreign_code
 from mm_core.sharding.mixin import FSDP2Mixin
 from mm_core.sharding.policy import ShardingPolicy
@@ -26,8 +28,6 @@ log = logging.getLogger(__name__)
 
 NETWORK = "model"
 """What the network is called: in a job's components, as an attribute, and in patterns of fsdp2.yaml."""
-ATTENTION = "sdpa"
-"""The attention of a network whose file asks for none: torch's own, which has fused kernels on every device."""
 
 
 class TransformersModel(nn.Module, FSDP2Mixin):
@@ -37,6 +37,7 @@ class TransformersModel(nn.Module, FSDP2Mixin):
         model: the network; frozen parts have `requires_grad` False already.
         sharding_policy: how it is sharded; its blocks are found by structure without.
         router_aux_loss_coef: weight of the loss that balances experts; 0 for none.
+        loss: how the task weighs the losses of tokens, and how many logits it makes at once.
     """
 
     def __init__(
@@ -45,9 +46,11 @@ class TransformersModel(nn.Module, FSDP2Mixin):
         *,
         sharding_policy: ShardingPolicy | None = None,
         router_aux_loss_coef: float = 0.0,
+        loss: LossConfig | None = None,
     ) -> None:
         super().__init__()
         self.model: Any = model
+        self.loss = loss or LossConfig()
         self.router_aux_loss_coef = router_aux_loss_coef
         self._sharding_policy = sharding_policy or ShardingPolicy()
         self.train()
@@ -67,7 +70,12 @@ class TransformersModel(nn.Module, FSDP2Mixin):
 
 
 def build_network(
-    cls: Any, component: ComponentConfig, device: torch.device | str, *, attention: str | None = None
+    cls: Any,
+    component: ComponentConfig,
+    device: torch.device | str,
+    *,
+    attention: str | None = None,
+    where: Computation | None = None,
 ) -> nn.Module:
     """Build the network that config.json of the section's folder describes, without its weights, in fp32, in training
     mode, with the parts frozen that the section names.
@@ -75,32 +83,44 @@ def build_network(
     A class may have two static methods of its own, MindSpeed-MM's: `overwrite_transformer_config(config) -> config`,
     whose changes are logged, and `freeze(model)`.
 
+    Patch embeddings that are convolutions in space and time are computed as the products of matrices that they are; names
+    and shapes of parameters stay.
+
     Args:
         cls: a class of transformers, or derived from one.
         component: of the role `transformers_model`.
         device: `meta` for a network that is sharded and filled later.
         attention: transformers' name of the attention of all parts, whatever the section says.
+        where: the network is going to compute, for the choice of its kernels.
 
     Raises:
-        UserError: config.json cannot be used, a package for the attention is absent, or no parameter is left to train.
+        UserError: config.json cannot be used, a package for the attention is absent or has no kernels for the dtype, or no
+            parameter is left to train.
     """
     what = f"model ({component.model_id})"
     config = _overwritten(cls, read_network_config(cls, component), what)
     asked = {} if attention else _attention(component)
-    # transformers takes a part that is not named from config.json, which may have another machine's choice.
-    parts = {"": ATTENTION, **dict.fromkeys(config.sub_configs, ATTENTION), **asked}
+    kernels: dict[str, Any] = {
+        "attn_implementation": attention or chosen_attention(cls, config.sub_configs, asked, where, what)
+    }
+    experts = _experts(component)
+    if experts is not None:
+        kernels["experts_implementation"] = experts
     try:
         with torch.device(device):
             # fp32, whatever config.json says of the stored weights: they are the master weights.
-            network: nn.Module = cls._from_config(
-                config, dtype=torch.float32, attn_implementation=attention or parts
-            )
+            network: nn.Module = cls._from_config(config, dtype=torch.float32, **kernels)
     except Exception as error:  # a configuration that the library's class refuses in any way
         wanted = f" with {', '.join(sorted(set(asked.values())))} attention" if asked else ""
+        wanted += f" and {experts} experts" if experts else ""
         raise UserError(
             f"{what}: {cls.__name__} cannot be built from {component.from_pretrained}/config.json{wanted}: "
             f"{described(error)}"
         ) from error
+    log_experts(network, where, what)
+    patches = compute_patches_as_linear(network)
+    if patches and where is not None:
+        log.info("%s: %s is computed as a product of matrices", what, ", ".join(patches))
     _freeze(cls, network, component, what)
     return network.train()
 
@@ -128,6 +148,11 @@ def read_network_config(cls: Any, component: ComponentConfig) -> Any:
 def _attention(component: ComponentConfig) -> Mapping[str, str]:
     family = component.config
     return family.attention_implementations() if isinstance(family, TransformersFamilyConfig) else {}
+
+
+def _experts(component: ComponentConfig) -> str | None:
+    family = component.config
+    return family.experts_implementation() if isinstance(family, TransformersFamilyConfig) else None
 
 
 def _overwritten(cls: Any, config: Any, what: str) -> Any:

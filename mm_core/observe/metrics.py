@@ -60,7 +60,11 @@ class TensorBoard(BaseCallback):
         if self._writer is not None:
             for name, value in record.flat().items():
                 if name != "step":
-                    self._writer.add_scalar(f"train/{name}", value, record.step)
+                    # Numbers of the validation set lie beside those of training, under the same name.
+                    group, shown = "train", name
+                    if name.startswith("val_"):
+                        group, shown = "validation", name.removeprefix("val_")
+                    self._writer.add_scalar(f"{group}/{shown}", value, record.step)
 
     def on_train_end(self, context: RunContext) -> None:
         if self._writer is not None:

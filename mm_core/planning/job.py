@@ -186,6 +186,12 @@ def _notes(job: TrainingJob, balanced: bool, plan: ShardingPlan) -> tuple[str, .
         )
     if balanced:
         notes.append("the loss that balances experts, and the routers' logits that it keeps, are not counted")
+    dataset = job.components.get("dataset")
+    read = dataset.fields.get("basic_parameters") if dataset is not None else None
+    if isinstance(read, Mapping) and read.get("neat_packing"):
+        notes.append(
+            "a packed row is counted as one sample; attention within its samples alone computes less"
+        )
     if job.parallel.ep > 1:
         notes.append("experts are taken to get equally many tokens")
     return tuple(notes)

@@ -21,9 +21,11 @@ from torch.utils._pytree import tree_map_only
 
 from mm_core.accelerator import Accelerator
 from mm_core.sharding.activations import wrap_activations
+from mm_core.sharding.compiled import compile_modules
 from mm_core.sharding.context import share_attention, share_sequences
 from mm_core.sharding.experts import distribute_experts, expert_settings
 from mm_core.sharding.ignored import compute_in_own_dtype
+from mm_core.sharding.joint_vision import join_vision_calls
 from mm_core.sharding.mesh import ParallelMesh
 from mm_core.sharding.participation import every_rank_takes_part
 from mm_core.sharding.plan import ALIGNED, ShardingError, ShardingPlan, Unit, bare_name
@@ -52,7 +54,9 @@ def apply_plan(
     # model's gradients are tested against the unsharded model; the line would greet every user of a final
     # Linear.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    bare = dict(root.named_modules())
     modules, expert_mesh = prepare_modules(root, plan, mesh, parallel)
+    compile_modules(bare, plan)
     if not needs_sharding(root, plan, mesh):
         return
     settings = fsdp_settings(root, plan, mesh)
@@ -88,6 +92,8 @@ def prepare_modules(
     context = share_attention(root, modules, plan, parallel)
     bare = dict(modules)
     wrap_activations(modules, plan)
+    for path in plan.joint_vision:
+        join_vision_calls(modules[path], bare[path].forward, plan.full_path(path))
     if context is not None:
         share_sequences(modules, bare, context)
     compute_in_own_dtype(modules, plan)

@@ -84,7 +84,7 @@ def build_plan(
     known, gathered = find.of_policy("units"), find.of_policy("keep_gathered")
     values, sources = _settings(policy, fsdp2)
     aligned = find.of_policy("aligned") if values.pop("align_fsdp_param_groups") else ()
-    context = find.context()
+    joint, tensor, context = find.of_policy("joint_vision"), find.tensor(), find.context()
     problems.raise_any()
 
     units = chosen["sub_modules_to_wrap"]
@@ -104,10 +104,13 @@ def build_plan(
         units=(),
         root=Unit("", ()),
         offload_activations=chosen["offload_activations"].paths,
+        compiled=chosen["compile_modules"].paths,
         experts=experts,
         aligned=aligned,
         ignored=chosen["ignored_modules"].paths,
         fp32_inputs=policy.fp32_inputs,
+        joint_vision=joint,
+        tensor=tensor,
         context=context,
         pipeline=policy.pipeline,
         sources=sources,

@@ -25,6 +25,10 @@ def check_parallel(root: nn.Module, plan: ShardingPlan, sizes: ParallelSizes) ->
 
 def parallel_problems(root: nn.Module, plan: ShardingPlan, sizes: ParallelSizes) -> Iterator[str]:
     """Why a model cannot be shared in this way: whole sentences, each naming the flag."""
+    if plan.compiled:
+        from mm_core.sharding.compiled import compile_problem
+
+        yield from _said(compile_problem(plan, sizes))
     # Few jobs share a model, and each of these is a good part of the engine.
     if sizes.cp > 1:
         from mm_core.sharding.context import context_problem

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.utils._pytree import tree_map_only
 
 from mm_core.config.parallel import ContextAlgorithm, ParallelSizes
 from mm_core.sharding.block_attention import kernel_for
+from mm_core.sharding.context_items import deal_items, gathered
 from mm_core.sharding.context_policy import ContextPolicy
 from mm_core.sharding.context_text import exchange_in_transformers, is_transformers, transformers_problem
 from mm_core.sharding.context_torch import exchange_in_torch
@@ -81,9 +81,13 @@ def context_problem(root: nn.Module, plan: ShardingPlan, sizes: ParallelSizes) -
 def _unknown_argument(root: nn.Module, plan: ShardingPlan, policy: ContextPolicy) -> str | None:
     """A name in the policy that no forward takes: a sentence."""
     of_root = [name for name in (policy.positions, policy.padding, *policy.unsupported) if name is not None]
-    for path, names in [*policy.split_inputs.items(), ("", of_root)]:
+    marked = [(path, [*each, *each.values()]) for path, each in policy.split_marked.items()]
+    items = [(path, [each.rows, each.grids]) for path, each in policy.dealt.items()]
+    # These are looked for by name; what is only split may come as one of `**kwargs`.
+    for path, names in [*marked, *items, *policy.split_inputs.items(), ("", of_root)]:
         parameters = inspect.signature(root.get_submodule(path).forward).parameters
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if is_open and (path, names) not in (*marked, *items):
             continue
         wrong = next((name for name in names if name not in parameters), None)
         if wrong is not None:
@@ -119,6 +123,10 @@ class ContextParallel:
         self.layout: SequenceLayout | None = None
         self.documents: Documents | None = None
         self._told = False
+
+    def name_of(self, path: str) -> str:
+        """Path of a module of the root, for messages."""
+        return f"{self.name}.{path}" if path else self.name
 
     def begin(self, arguments: Mapping[str, Any]) -> None:
         """Before a forward pass of the root.
@@ -176,15 +184,17 @@ class ContextParallel:
         The backward pass gives each rank the sum of all ranks' gradients of its tokens.
         """
         layout = self._present(tensor, dimension)
-        own = tensor.movedim(dimension, 0)
-        # To each rank the same. As an all-gather it would need equal lengths, and a way to differentiate it.
-        rows = own.unsqueeze(0).expand(self.size, *own.shape).flatten(0, 1)
-        whole = all_to_all_single_autograd(
-            rows.contiguous(), list(layout.sizes), [layout.sizes[self.rank]] * self.size, self.group
-        )
+        whole = gathered(tensor.movedim(dimension, 0), layout.sizes, self.group)
         if not layout.in_order:
             whole = torch.cat([whole[span.start : span.stop] for span in layout.order])
         return whole.movedim(0, dimension)
+
+    def split_marked(self, values: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
+        """Those rows of `values` `[N, …]`, one for each token that `marks` `[B, S]` (bool) marks, that are of this rank's
+        tokens, in the order in which it holds them.
+        """
+        place = (marks.flatten().cumsum(0) - 1).view_as(marks)
+        return values[self.split(place)[self.split(marks)]]
 
     def attend(
         self,
@@ -304,6 +314,11 @@ def share_sequences(
     for path, arguments in policy.split_inputs.items():
         hook = _split_arguments(context, _argument_names(bare[path]), arguments)
         modules[path].register_forward_pre_hook(hook, with_kwargs=True)
+    for path, marked in policy.split_marked.items():
+        hook = _split_marked_arguments(context, _argument_names(bare[path]), marked)
+        modules[path].register_forward_pre_hook(hook, with_kwargs=True)
+    for path, items in policy.dealt.items():
+        deal_items(modules[path], items, _argument_names(bare[path]), context.group, context.name_of(path))
     for path, dimension in policy.split_outputs.items():
         modules[path].register_forward_hook(_on_output(context.split, dimension))
     for path, dimension in policy.gather_outputs.items():
@@ -328,6 +343,27 @@ def _split_arguments(
             for name, value in kwargs.items()
         }
         return positional, named
+
+    return hook
+
+
+def _split_marked_arguments(
+    context: ContextParallel, names: list[str], arguments: Mapping[str, str]
+) -> Callable[..., tuple[Any, Any]]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        given = _by_name(names, args, kwargs)
+        changed: dict[str, Any] = {}
+        for name, mark in arguments.items():
+            marks, values = given.get(mark), given.get(name)
+            if marks is not None:
+                changed[mark] = context.split(marks)
+                changed[name] = tree_map_only(
+                    torch.Tensor, lambda t, m=marks: context.split_marked(t, m), values
+                )
+        positional = tuple(
+            changed.get(names[i], value) if i < len(names) else value for i, value in enumerate(args)
+        )
+        return positional, {name: changed.get(name, value) for name, value in kwargs.items()}
 
     return hook
 

@@ -16,6 +16,23 @@ def _nothing() -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class DealtItems:
+    """A module that looks at items, such as images, each by itself: ranks that share sequences deal them out.
+
+    Args:
+        rows: argument of its forward with the rows of all items one after another, `[P, …]`.
+        grids: argument with the grid of each, `[N, 3]`: frames × rows × columns. Frames do not see each other, so that a
+            video may be cut between them; that of an item which is not cut is 1.
+        outputs: fields of what it returns whose tensors (or tuples of them) are put together again. Each has as many rows as
+            `rows`, or so many times fewer. Other fields are each rank's own.
+    """
+
+    rows: str
+    grids: str
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ContextPolicy:
     """How the ranks of a context-parallel group share each sequence of a component.
 
@@ -30,8 +47,13 @@ class ContextPolicy:
         split_inputs: module -> argument of its forward -> the dimension of the tokens. An argument without that dimension
             stays whole (a timestep `[B]` where it may be `[B, S]`); in a tuple each tensor is split.
         split_outputs: module -> the dimension of the tokens in each tensor that it returns.
-        gather_outputs: the same where the tokens of all ranks are put together again. Without any, the component returns
-            each rank's own tokens, and whoever takes the loss splits the labels alike (`ContextParallel.split`).
+        split_marked: module -> argument of its forward -> the argument beside it that marks tokens, `[B, S]`: the first has
+            a row for each marked token, in the order of the batch (features of images that a layer adds to their tokens).
+            Each rank gets those of its own tokens, and its part of the marks; in a list each tensor is split.
+        dealt: modules that look at images, or other items, before these become tokens; each rank takes some of them.
+        gather_outputs: the same as `split_outputs` where the tokens of all ranks are put together again. Without any, the
+            component returns each rank's own tokens, and whoever takes the loss splits the labels alike
+            (`ContextParallel.split`).
         causal: tokens see only themselves and those before them.
         positions: argument of the component that holds the position of each token, `[B, S]`; where it does not go up by
             one, a new document begins, and documents do not see each other. Only if `padding` is absent or not given.
@@ -43,6 +65,8 @@ class ContextPolicy:
     attention: tuple[str, ...]
     split_inputs: Mapping[str, Mapping[str, int]] = field(default_factory=_nothing)
     split_outputs: Mapping[str, int] = field(default_factory=_nothing)
+    split_marked: Mapping[str, Mapping[str, str]] = field(default_factory=_nothing)
+    dealt: Mapping[str, DealtItems] = field(default_factory=_nothing)
     gather_outputs: Mapping[str, int] = field(default_factory=_nothing)
     causal: bool = False
     positions: str | None = None
@@ -50,15 +74,24 @@ class ContextPolicy:
     unsupported: tuple[str, ...] = ()
 
 
-def causal_text(decoder: str = "model", unsupported: tuple[str, ...] = ()) -> ContextPolicy:
+def causal_text(
+    decoder: str = "model",
+    *,
+    marked: Mapping[str, str] | None = None,
+    dealt: Mapping[str, DealtItems] | None = None,
+    unsupported: tuple[str, ...] = (),
+) -> ContextPolicy:
     """The policy of a causal language model of transformers: a decoder with `layers` and one `rotary_emb`, whose layers
     attend in `self_attn`. Each rank gets the logits of its own tokens.
 
     Args:
         decoder: path of the module with the layers (`model`, `model.language_model`).
-        unsupported: see there.
+        marked: argument of the decoder -> the argument that marks its tokens, see `split_marked`.
+        dealt, unsupported: see there.
     """
     return ContextPolicy(
+        split_marked={decoder: marked} if marked else {},
+        dealt=dealt or {},
         attention=(f"{decoder}.layers.{{*}}.self_attn",),
         split_inputs={f"{decoder}.layers.0": {"hidden_states": 1}},
         split_outputs={f"{decoder}.rotary_emb": 1},
@@ -97,6 +130,8 @@ def _problems(policy: ContextPolicy) -> Iterator[str]:
                 )
             elif any(type(number) is not int or number < 0 for number in dimensions):
                 yield f"{name}: {show(pattern)} has {show(inner)}; a dimension is a number from 0 on"
+    yield from _marked_problems(policy.split_marked)
+    yield from _dealt_problems(policy.dealt)
     if not (policy.split_inputs or policy.split_outputs):
         yield "it splits nothing; name the points in split_inputs or split_outputs"
     for one in fields(policy):
@@ -107,6 +142,31 @@ def _problems(policy: ContextPolicy) -> Iterator[str]:
             yield f"unsupported is {show(value)}, expected a tuple of arguments"
         if one.name == "causal" and not isinstance(value, bool):
             yield f"causal is {show(value)}, expected True or False"
+
+
+def _marked_problems(value: object) -> Iterator[str]:
+    if not isinstance(value, Mapping):
+        yield f"split_marked is of type {type(value).__name__}, expected a mapping from patterns"
+        return
+    yield from _pattern_problems("split_marked", value)
+    for pattern, inner in value.items():
+        if not isinstance(inner, Mapping) or not all(isinstance(each, str) for each in inner.values()):
+            yield (
+                f"split_marked: {show(pattern)} has {show(inner)}, expected a mapping from arguments to the argument that "
+                "marks their tokens"
+            )
+
+
+def _dealt_problems(value: object) -> Iterator[str]:
+    if not isinstance(value, Mapping):
+        yield f"dealt is of type {type(value).__name__}, expected a mapping from patterns"
+        return
+    yield from _pattern_problems("dealt", value)
+    for pattern, inner in value.items():
+        if not isinstance(inner, DealtItems):
+            yield f"dealt: {show(pattern)} has {show(inner)}, expected a DealtItems"
+        elif isinstance(inner.outputs, str) or not inner.outputs:
+            yield f"dealt: {show(pattern)} has the outputs {show(inner.outputs)}, expected a tuple of names"
 
 
 def _pattern_problems(name: str, patterns: Any) -> Iterator[str]:

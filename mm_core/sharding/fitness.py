@@ -31,6 +31,7 @@ def check_modules(
         "sub_modules_to_wrap": units,
         "recompute_modules": plan.recompute,
         "offload_activations": plan.offload_activations,
+        "compile_modules": plan.compiled,
         "moe_modules": plan.experts,
         "align_fsdp_param_groups": plan.aligned,
     }
@@ -50,6 +51,8 @@ def check_modules(
                     _check_recompute(plan, path)
                 elif name == "offload_activations":
                     _check_offload(plan, path)
+                elif name == "compile_modules":
+                    _check_compiled(plan, path, units)
                 elif name == "moe_modules":
                     _check_experts(plan, modules[path], path)
                 else:
@@ -105,6 +108,25 @@ def _check_recompute(plan: ShardingPlan, path: str) -> None:
             f'recompute_modules: "{plan.full_path(path)}" lies in "{plan.full_path(outer)}", which is recomputed as a '
             "whole; keep one of them."
         )
+
+
+def _check_compiled(plan: ShardingPlan, path: str, units: Sequence[str]) -> None:
+    """Whatever is wrapped is wrapped around compiled code, never inside it."""
+    shown = plan.full_path(path)
+    inner = {
+        "sub_modules_to_wrap": units,
+        "align_fsdp_param_groups": plan.aligned,
+        "compile_modules": plan.compiled,
+        "recompute_modules": plan.recompute,
+        "offload_activations": plan.offload_activations,
+    }
+    for name, paths in inner.items():
+        found = next((other for other in paths if other != path and is_inside(other, path)), None)
+        if found is not None:
+            raise ShardingError(
+                f'compile_modules: "{shown}" holds "{plan.full_path(found)}" of {name}, which cannot happen inside compiled '
+                "code; name the one or the other."
+            )
 
 
 def _check_offload(plan: ShardingPlan, path: str) -> None:

@@ -265,6 +265,7 @@ def _plan_of_the_rest(root: nn.Module, plan: ShardingPlan, keeps_output_dtype: b
         root=of(plan.root),
         recompute=here(plan.recompute),
         offload_activations=here(plan.offload_activations),
+        compiled=here(plan.compiled),
         experts=here(plan.experts),
         aligned=here(plan.aligned),
         context=context,

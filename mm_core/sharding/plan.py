@@ -21,7 +21,7 @@ from mm_core.sharding.policy import PipelinePolicy
 _WRAPPER = "_checkpoint_wrapped_module"
 ALIGNED = "(aligned)"
 """Path of the unit that is made of the modules `ShardingPlan.aligned`; no module has such a name."""
-_PATHS = ("recompute", "offload_activations", "experts", "aligned", "ignored")
+_PATHS = ("recompute", "offload_activations", "compiled", "experts", "aligned", "ignored", "joint_vision")
 _SETTINGS = (
     "reshard_after_forward",
     "param_dtype",
@@ -95,12 +95,15 @@ class ShardingPlan:
         recompute: paths of modules whose activations are recomputed.
         recompute_granularity: `full`, or `selective`: the results of expensive operations are kept.
         offload_activations: paths of modules whose saved activations wait in host memory.
+        compiled: paths of modules whose forward is compiled by `torch.compile`.
         experts: paths of modules whose parameters hold one expert an index of dimension 0, when they are
             distributed over ranks.
         aligned: paths of the modules that make up the unit `ALIGNED`, if there is one.
         cut: name of each parameter that tensor parallelism cuts -> over how many ranks; known of a module that is sharded.
         ignored: paths of frozen modules that are not sharded, and their parameters' names.
         fp32_inputs: forward arguments of the root that keep their dtype.
+        joint_vision: paths of modules that see images and videos in one call.
+        tensor: path of each layer that the policy lets tensor parallelism cut -> its style.
         context: where the root's sequences are split over ranks, with paths in place of patterns.
         pipeline: where the root can be cut into pipeline stages.
         sources: field of fsdp2.yaml -> where it came from: `fsdp2.yaml`, `policy` or `structure`.
@@ -113,6 +116,7 @@ class ShardingPlan:
     recompute: tuple[str, ...] = ()
     recompute_granularity: str = "full"
     offload_activations: tuple[str, ...] = ()
+    compiled: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     aligned: tuple[str, ...] = ()
     cut: Mapping[str, int] = field(default_factory=dict)
@@ -132,6 +136,8 @@ class ShardingPlan:
     backward_prefetch: int = 0
     expert_parallel_size: int = 1
     reshard_local_experts: bool = True
+    joint_vision: tuple[str, ...] = ()
+    tensor: Mapping[str, str] = field(default_factory=dict)
     context: ContextPolicy | None = None
     pipeline: PipelinePolicy | None = None
 
@@ -163,6 +169,7 @@ class ShardingPlan:
             **settings,
             **paths,
             "cut": {self.full_path(name): ranks for name, ranks in self.cut.items()},
+            "tensor": {self.full_path(path): style for path, style in self.tensor.items()},
             "fp32_inputs": list(self.fp32_inputs),
             "context": None if self.context is None else asdict(self.context),
             "pipeline": None if self.pipeline is None else asdict(self.pipeline),

@@ -11,6 +11,20 @@ from mm_core.config.findings import show
 from mm_core.config.patterns import syntax_problem
 from mm_core.sharding.context_policy import ContextPolicy, context_policy_problem
 
+#: How tensor parallelism cuts a layer, by the names that transformers gives it (`transformers.distributed.tensor_parallel`).
+TENSOR_STYLES = (
+    "colwise",
+    "colwise_rep",
+    "colwise_gather_output",
+    "rowwise",
+    "rowwise_rep",
+    "rowwise_split_input",
+    "embedding_rowwise",
+    "replicated_with_grad_allreduce",
+    "moe_tp_experts",
+    "replicate",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class PipelinePolicy:
@@ -46,6 +60,7 @@ class ShardingPolicy:
         recompute_granularity: how the modules of `recompute` are recomputed, as in fsdp2.yaml.
         recompute_num_layers: recompute only the first of them.
         offload_activations: modules whose saved activations wait for the backward pass in host memory.
+        compiled: modules whose forward is compiled by `torch.compile` (`compile_modules`).
         ignored: frozen modules that are not sharded.
         keep_gathered: units (from the list above) that stay gathered between forward and backward, whatever
             `reshard_after_forward` says.
@@ -57,6 +72,11 @@ class ShardingPolicy:
         fp32_inputs: names of the component's forward arguments that keep their dtype when mixed precision
             casts the others to `param_dtype`. bf16 has 8 significant bits: it would move the timestep 937.5
             to 936.
+        joint_vision: modules of transformers that would call their vision tower once for images and once for videos, so that
+            ranks gather it more or less often: they see both in one call (see `mm_core.sharding.joint_vision`), which then
+            comes before the embedding of tokens, and so do its `units`.
+        tensor: layers that tensor parallelism cuts, beside those that the `tp_plan` of transformers' own classes names, and
+            how: `{"blocks.{*}.mlp.fc1": "colwise", "blocks.{*}.mlp.fc2": "rowwise"}` (see `mm_core.sharding.tensor`).
         context: where sequences are split over ranks (context parallelism); without it, they cannot be.
         pipeline: where the component can be cut into pipeline stages; without it, it cannot.
         reshard_after_forward, …, align_fsdp_param_groups: what fsdp2.yaml has for the keys of these names when
@@ -70,10 +90,13 @@ class ShardingPolicy:
     recompute_granularity: Literal["full", "selective"] | None = None
     recompute_num_layers: int | None = None
     offload_activations: tuple[str, ...] = ()
+    compiled: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     aligned: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     fp32_inputs: tuple[str, ...] = ("timestep",)
+    joint_vision: tuple[str, ...] = ()
+    tensor: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     context: ContextPolicy | None = None
     pipeline: PipelinePolicy | None = None
     reshard_after_forward: bool | int | None = None
@@ -98,6 +121,8 @@ def policy_problem(policy: ShardingPolicy) -> str | None:
         value = getattr(policy, one.name)
         if one.name == "aliases":
             problem = _aliases_problem(value)
+        elif one.name == "tensor":
+            problem = _styles_problem(value)
         elif str(one.type).startswith("tuple"):
             problem = _names_problem(value, patterns=one.name != "fp32_inputs")
         elif one.name == "context":
@@ -133,6 +158,15 @@ def _aliases_problem(value: object) -> str | None:
     if not isinstance(value, Mapping):
         return f"{show(value)} is of type {type(value).__name__}, expected a mapping from their paths to ours"
     return _names_problem((*value, *value.values()), patterns=True)
+
+
+def _styles_problem(value: object) -> str | None:
+    if not isinstance(value, Mapping):
+        return f"{show(value)} is of type {type(value).__name__}, expected a mapping from patterns to styles"
+    wrong = next((style for style in value.values() if style not in TENSOR_STYLES), None)
+    if wrong is not None:
+        return f"{show(wrong)} is no style; use one of {', '.join(TENSOR_STYLES)}"
+    return _names_problem(tuple(value), patterns=True)
 
 
 def _pipeline_problem(value: object) -> str | None:

@@ -23,6 +23,7 @@ POLICY_FIELDS = {
     "ignored_modules": "ignored",
     "recompute_modules": "recompute",
     "offload_activations": "offload_activations",
+    "compile_modules": "compiled",
     "moe_modules": "experts",
 }
 """Field of fsdp2.yaml -> the policy's."""
@@ -90,6 +91,16 @@ class Resolver:
                     self._claim(owner, path, pattern, where)
         return tuple(owner)
 
+    def tensor(self) -> dict[str, str]:
+        """The layers that the policy lets tensor parallelism cut, and their styles."""
+        where = f"policy of {self.prefix or 'the model'}, tensor"
+        owner: dict[str, str] = {}
+        for pattern in self.policy.tensor:
+            with self.problems.of(None, None):
+                for path in self._match(pattern, where):
+                    self._claim(owner, path, pattern, where)
+        return {path: self.policy.tensor[pattern] for path, pattern in owner.items()}
+
     def context(self) -> ContextPolicy | None:
         """The policy's split points, with paths in place of patterns."""
         policy = self.policy.context
@@ -107,7 +118,7 @@ class Resolver:
 
         points: dict[str, Any] = {
             name: {path: value[pattern] for path, pattern in paths(value, name).items()}
-            for name in ("split_inputs", "split_outputs", "gather_outputs")
+            for name in ("split_inputs", "split_outputs", "split_marked", "dealt", "gather_outputs")
             for value in [getattr(policy, name)]
         }
         return replace(policy, attention=tuple(paths(policy.attention, "attention")), **points)

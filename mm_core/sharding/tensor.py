@@ -1,9 +1,10 @@
 """Tensor parallelism: the matrices of a layer are cut over ranks that work on the same tokens.
 
 How a layer is cut is what the model's author knows: classes of transformers carry it as `tp_plan`, from the path of a
-module (`*` for a number) to the name of a style. A first matrix is cut by its outputs and the next one by its inputs, so
-that a pair needs one sum over the ranks (Shoeybi et al., arXiv:1909.08053, section 3). Cut parameters are DTensors over
-the ranks of `tp`, and FSDP2 shards them further; all others are the same on each of these ranks, as are their gradients.
+module (`*` for a number) to the name of a style; a sharding policy may name more layers (`tensor`), or others for the same.
+A first matrix is cut by its outputs and the next one by its inputs, so that a pair needs one sum over the ranks (Shoeybi et
+al., arXiv:1909.08053, section 3). Cut parameters are DTensors over the ranks of `tp`, and FSDP2 shards them further; all
+others are the same on each of these ranks, as are their gradients.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mm_core.sharding.expert_form import check_form
 from mm_core.sharding.experts import split_experts
 from mm_core.sharding.local_copy import with_parameters
 from mm_core.sharding.plan import ShardingError, ShardingPlan
+from mm_core.sharding.policy import TENSOR_STYLES
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ _MATRICES = {
 }
 _SUMMED, _EXPERTS, _UNCUT = "replicated_with_grad_allreduce", "moe_tp_experts", "replicate"
 _STYLES = (*_MATRICES, _SUMMED, _EXPERTS, _UNCUT)
+assert set(_STYLES) == set(TENSOR_STYLES)
 
 
 def tensor_problem(root: nn.Module, plan: ShardingPlan, sizes: ParallelSizes) -> str | None:
@@ -160,10 +163,11 @@ def tensor_parallel_layers(root: nn.Module, plan: ShardingPlan) -> dict[str, str
                         f"which is not supported ({', '.join(_STYLES)} are); set it to 1."
                     )
                 layers[each] = style
+    found, layers = found or bool(plan.tensor), {**layers, **plan.tensor}
     if not found:
         raise ShardingError(
             f"{FLAG}: {plan.full_path('')} is a {type(root).__name__}, whose class carries no tp_plan that says how its layers "
-            "are cut; set it to 1."
+            "are cut, and its sharding policy does not either (tensor); set it to 1."
         )
     if "rowwise" not in layers.values():
         named = f"names only {', '.join(list(layers)[:4])}" if layers else "names nothing that this model has"

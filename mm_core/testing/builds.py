@@ -13,6 +13,7 @@ from torch import nn
 from mm_core.models.factory import build_component
 from mm_core.random import keyed_generator
 from mm_core.sharding import ShardingPolicy
+from mm_core.testing import networks
 from mm_core.testing.check import CheckFailed, CheckSkipped
 from mm_core.testing.compare import changed as changed
 from mm_core.testing.compare import distance as distance
@@ -105,7 +106,8 @@ def lively(case: Case, seed: int = 0) -> nn.Module:
     """A component in eval mode with a little noise on each parameter, so that layers which start at zero (a last
     projection, a gate) hide nothing.
     """
-    module = trainable(case, seed) if case.role == "predictor" else as_module(build(case))
+    trained = case.role in ("predictor", "transformers_model")
+    module = trainable(case, seed) if trained else as_module(build(case))
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.is_floating_point():
@@ -161,6 +163,8 @@ def inputs(case: Case, batch: int = 2, seed: int = 0) -> Inputs:
         return {"video": samples(batch, (3, frames, height, width), seed, "video").tanh()}
     if case.role == "text_encoder":
         return _token_inputs(case, batch, seed)
+    if case.role == "transformers_model":
+        return networks.network_inputs(case, batch, seed)
     raise CheckSkipped(f"the kit knows no inputs of a {case.role}")
 
 
@@ -303,6 +307,8 @@ def run(case: Case, module: nn.Module, given: Inputs) -> torch.Tensor:
     """
     method: Any = module
     arguments = dict(given)
+    if case.role == "transformers_model":
+        return networks.run_network(module, arguments)
     if case.role == "ae":
         method = module.encode
         if getattr(module, "do_sample", False) and "generator" not in arguments:
@@ -335,6 +341,8 @@ def forward_loss(case: Case, module: nn.Module, given: Inputs, seed: int = 1) ->
 
 def part(given: Inputs, rows: slice) -> Inputs:
     """Some samples of a batch."""
+    if "pixel_values" in given:
+        return networks.network_part(given, rows)
     return {name: value[rows] for name, value in given.items()}
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,7 +32,7 @@ _CONFIGS, _POLICIES, _WEIGHTS = "mm_core.configs", "mm_core.sharding_policies", 
 _EXAMPLES = "mm_core.examples"
 # Where the sections of these roles stand in a job's files; the others are named like their role.
 _PLACES = {"dataset": ("dataset_param", "dataset_type"), "pipeline": ("pipeline_config", "pipeline_class")}
-_WITHOUT_SECTION = frozenset({"task", "callback", "i2v_processor", "transformers_model"})
+_WITHOUT_SECTION = frozenset({"task", "callback", "chat_template", "i2v_processor"})
 
 
 @dataclass(frozen=True)
@@ -240,11 +243,45 @@ class Case:
         self.plugin.must_not_crash(self.config_spec, *self.plugin.specs(HOOKS))
         if self.role in _WITHOUT_SECTION:
             return ComponentConfig(self.role, self.id, self.spec, fields=self.section), ()
+        if self.role == "transformers_model":
+            return self._read_network(section)
         assembly = Assembly(self.manager)
         document, part = self.document(section), self.part
         assembly.activate([part], document)
         _, components = assembly.build([part], document)
         return components.get(part.name), tuple(assembly.findings)
+
+    def _read_network(
+        self, section: Mapping[str, Any] | None
+    ) -> tuple[ComponentConfig | None, tuple[Finding, ...]]:
+        """As `read`, of the file of a transformers model, whose section is the whole of it."""
+        from mm_core.config.assemble import Assembly
+        from mm_core.config.document import Document
+        from mm_core.config.transformers_check import NAME, check_transformers_model
+
+        if self.example is None or not self.example.config:
+            raise CheckSkipped(
+                "it declares no example, and its defaults do not do: the example's config.json describes the network"
+            )
+        written = self.section if section is None else section
+        document = Document.from_data(
+            {"model_id": self.id, "init": "random", "init_from_hf_path": self._network_folder(), **written}
+        )
+        assembly = Assembly(self.manager)
+        draft = check_transformers_model(document, assembly)
+        assembly.activate(draft.parts, document)
+        return draft.components.get(NAME), tuple(assembly.findings)
+
+    def _network_folder(self) -> str:
+        """A folder with the example's config.json, the same at every call."""
+        assert self.example is not None
+        folder = self.plugin.folder / f"network-{self.id}"
+        if not folder.exists():
+            made = Path(tempfile.mkdtemp(dir=self.plugin.folder))
+            (made / "config.json").write_text(json.dumps(dict(self.example.config)), encoding="utf-8")
+            with contextlib.suppress(OSError):  # another rank was first
+                made.rename(folder)
+        return str(folder)
 
     @property
     def component(self) -> ComponentConfig:

@@ -26,6 +26,8 @@ class Example:
         prompt: `(L, D)` of one sample, for a predictor.
         video: `(T, H, W)` in pixels, for an autoencoder.
         tokens: `L` of one sample, for a text encoder.
+        config: config.json of the folder that `init_from_hf_path` names, for a transformers model; tiny. The kit writes it.
+        pixels: area of an image, at most, for a transformers model that takes some.
         known_failures: name of a check -> why this component fails it. Such a failure does not count; a pass does.
     """
 
@@ -34,4 +36,6 @@ class Example:
     prompt: tuple[int, int] | None = None
     video: tuple[int, int, int] | None = None
     tokens: int | None = None
+    config: Mapping[str, Any] = field(default_factory=_empty)
+    pixels: int | None = None
     known_failures: Mapping[str, str] = field(default_factory=_empty)

@@ -17,6 +17,12 @@ _STEPS: Mapping[str, tuple[str, ...]] = {
         "first-values-are-complete",
         "predicts-the-latents-shape",
     ),
+    "transformers_model": (
+        "builds-a-module",
+        "builds-on-meta",
+        "first-values-are-complete",
+        "reads-tokens-and-images",
+    ),
     "ae": ("builds-a-module", "encodes-to-its-latent-shape"),
     "text_encoder": ("builds-a-module", "encodes-to-embeddings-and-mask"),
     "diffusion": ("diffusion-builds",),
@@ -54,6 +60,9 @@ _BUILDS_ONLY: Mapping[str, str] = {
     "first-values-are-keyed": "first-values-are-complete",
     "first-values-are-the-constructors": "first-values-are-complete",
     "buffers-survive-meta": "first-values-are-complete",
+    "frozen-modules-are-the-ones": "builds-on-meta",
+    "attention-is-of-known-parts": "builds-a-module",
+    "repeated-numbers-have-places": "builds-a-module",
 }
 """Checks that do not call what they build -> the last step that they rely on."""
 

@@ -22,6 +22,7 @@ from mm_core.config.keys import NoEffect
 from mm_core.config.model import ModelConfig
 from mm_core.config.origin import DEFAULT, KeyPath, dotted
 from mm_core.config.resolved import leaves
+from mm_core.models.lora_weights import lora_state
 from mm_core.training.schedule import LearningRate
 from mm_registry import PluginManager, default_manager
 
@@ -37,12 +38,15 @@ _ABSENT = object()
 #: Flags that are compared: of the batch and the optimizer. The schedule is compared as a whole.
 _FLAGS = frozenset(
     {"global_batch_size", *table.OptimizerFlags.model_fields}
+    | {"lora_target_modules", "lora_target_parameters", "lora_r", "lora_alpha", "lora_dropout"}
     - {"lr", "min_lr", "optimizer_selection"}  # of the schedule; and which of torch's AdamW computes it
 )
 _FSDP2 = frozenset({"param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs"})
 _DATALOADER = frozenset({"sampler_type", "shuffle"})
 #: Callbacks and patches change no number; plugins are compared by what they offer; weights come from the checkpoint.
-_NOT_OF_MODEL = frozenset({"callbacks", "plugins", "patch", "init_from_hf_path", "init"})
+_NOT_OF_MODEL = frozenset(
+    {"callbacks", "plugins", "patch", "init_from_hf_path", "init", "lora_save_full_weight"}
+)
 #: Of a section whose weights come from the checkpoint, however it is cut into stages.
 _NOT_OF_PREDICTOR = frozenset({"from_pretrained", "hub_backend", "init", "dtype", "pipeline_num_layers"})
 _SCHEDULE = {
@@ -68,7 +72,8 @@ def learning_rate(flags: Any) -> LearningRate:
 
 
 def identity(job: TrainingJob, manager: PluginManager | None = None) -> dict[str, Any]:
-    """What a checkpoint keeps of a job, to compare others with: `fingerprint`, `schedule`, `plugins` and `versions`."""
+    """What a checkpoint keeps of a job, to compare others with: `fingerprint`, `schedule`, `plugins` and `versions`,
+    and `lora` if adapters are trained."""
     manager = manager or default_manager()
     components = {
         dotted(component.path) or component.role: {
@@ -78,7 +83,10 @@ def identity(job: TrainingJob, manager: PluginManager | None = None) -> dict[str
         }
         for component in job.components.values()
     }
-    return {
+    # One component is trained.
+    adapted = [(name, c) for name, c in job.components.items() if c.lora is not None][:1]
+    lora = [("lora", lora_state(name, component, job.flags.load)) for name, component in adapted]
+    return dict(lora) | {
         "fingerprint": {"digest": manager.fingerprint(), "components": components},
         "schedule": asdict(learning_rate(job.flags)),
         "plugins": dict(job.plugins),
@@ -101,7 +109,12 @@ def changes(before: Mapping[str, Any], job: TrainingJob) -> list[str]:
         job: of now.
     """
     now = identity(job)
-    return [*_plugins(before, now), *_schedule(before, now), *_configuration(before, job)]
+    return [
+        *_plugins(before, now),
+        *_schedule(before, now),
+        *_base(before, now),
+        *_configuration(before, job),
+    ]
 
 
 def other_versions(before: Mapping[str, Any]) -> list[str]:
@@ -130,6 +143,15 @@ def _plugins(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
         was = components.get(place)
         if isinstance(was, Mapping) and dict(was) != made:
             yield f"{place}: {_component(was)} → {_component(made)}"
+
+
+def _base(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """The weights under adapters, which no checkpoint holds."""
+    if "lora" not in now or not isinstance(before.get("lora"), Mapping):
+        return
+    old, new = before["lora"].get("base") or {}, now["lora"]["base"] or {}
+    if old.get("fingerprint") != new.get("fingerprint"):
+        yield f"weights under the adapters: {old.get('path', 'random')} → {new.get('path', 'random')}"
 
 
 def _component(entry: Mapping[str, Any]) -> str:

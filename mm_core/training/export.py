@@ -2,6 +2,7 @@
 
     <run>/hf/iter_0000010/predictor/       config.json and safetensors, or the folder of a PEFT adapter
     <run>/hf/iter_0000010/predictor-ema/   the averaged weights, if there are any
+    <run>/hf/iter_0000010/predictor-merged/    with `lora_save_full_weight`, the weights with what the adapter adds
     <run>/hf/.tmp-…                        being written, or left behind by a crash
 
 A step's folder gets its name when all of it is written, by one rename.
@@ -28,7 +29,9 @@ from mm_core.weights.errors import WeightsError
 from mm_core.weights.hf_save import check_hf_folder, save_hf_folder
 from mm_core.weights.layout import TEMPORARY, folder_name, sync_folder
 from mm_core.weights.library_config import folder_config
-from mm_core.weights.peft_folder import adapter_names, save_peft_folder
+from mm_core.weights.peft_folder import save_peft_folder
+from mm_core.weights.peft_merge import merged_values
+from mm_core.weights.peft_names import adapter_names
 from mm_core.weights.stored import StoredWeights
 from mm_core.weights.tensors import state_tensors
 
@@ -70,7 +73,7 @@ def check_export(components: Mapping[str, Exported]) -> None:
         WeightsError: an adapter fails, or a folder cannot hold what a module has.
     """
     for name, component in components.items():
-        if adapter_names(component.module):
+        if adapter_names(component.module) and not _merges(component):
             continue
         adapter, config = _described(component)
         stored = component.stored
@@ -144,14 +147,15 @@ def _write(
     *,
     sharded: bool,
 ) -> None:
-    """Write one component as a whole, or only its PEFT adapters: then the rest is as it was loaded."""
+    """Write one component as a whole, or its PEFT adapters: then the rest is as it was loaded."""
     module, stored = component.module, component.stored
     trained = adapter_names(module)
     for adapter_name in trained:
         inner = name if len(trained) == 1 else f"{name}-{adapter_name}"
         save_peft_folder(module, folder / inner, adapter_name, values=values)
-    if trained:
+    if trained and not _merges(component):
         return
+    name = f"{name}-merged" if trained else name
     with ranks_agree(f"writing {folder / name}", alone=not sharded):
         adapter, config = _described(component)
     save_hf_folder(
@@ -161,8 +165,17 @@ def _write(
         config,
         dtypes=stored.dtypes,
         layout=stored.layout or None,
-        values=values,
+        values=None if trained else values,
+        read=merged_values(module, values) if trained else None,
     )
+
+
+def _merges(component: Exported) -> bool:
+    """Whether a network with adapters is also written as a whole: if that is asked for, and if weights are trained that no
+    adapter holds.
+    """
+    lora = None if component.section is None else component.section.lora
+    return lora is not None and (lora.save_full_weight or lora.mixed_training)
 
 
 def _described(component: Exported) -> tuple[StateDictAdapter | None, Mapping[str, Any] | None]:

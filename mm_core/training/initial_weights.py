@@ -9,6 +9,8 @@ from torch import nn
 
 from mm_core.config import TrainingJob
 from mm_core.config.document import expanded
+from mm_core.models.lora import initialise_adapters
+from mm_core.models.lora_weights import base_path, find_adapter_source, load_adapter, load_base
 from mm_core.models.pretrained import load_predictor_folder
 from mm_core.sharding.pipeline import tensors_elsewhere
 from mm_core.weights import is_hf_folder, materialize
@@ -35,6 +37,8 @@ def load_initial_weights(
         UserError: the folder's weights do not fit.
     """
     section, load = job.components[name], job.flags.load
+    if section.lora is not None:
+        return _with_adapters(module, name, job, device)
     folder = section.from_pretrained if section.init == "pretrained" else None
     if load is not None:  # a run or a Hugging Face folder
         folder = load if is_hf_folder(expanded(load)) else None
@@ -52,3 +56,17 @@ def load_initial_weights(
     parts = everywhere((loaded.dtypes, loaded.layout))  # of each stage its own; a checkpoint tells of all
     dtypes = {name: dtype for part, _ in parts for name, dtype in part.items()}
     return StoredWeights(dtypes, {name: recipe for _, part in parts for name, recipe in part.items()})
+
+
+def _with_adapters(
+    module: nn.Module, name: str, job: TrainingJob, device: torch.device
+) -> StoredWeights | None:
+    """The same for a component with LoRA, whose checkpoints hold no weights but the adapters'."""
+    section, load = job.components[name], job.flags.load
+    assert section.lora is not None
+    materialize(module, device, job.flags.seed, random_init=base_path(section, load) is None)
+    initialise_adapters(module, job.flags.seed)
+    stored = load_base(module, name, section, load)
+    if section.lora.load is not None and (load is None or is_hf_folder(expanded(load))):
+        load_adapter(module, find_adapter_source(expanded(section.lora.load)), name, section.lora)
+    return stored

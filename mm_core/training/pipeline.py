@@ -130,7 +130,7 @@ class PipelineStep:
 
     def _fit_shapes(self) -> None:
         """Make the schedule anew when the shapes of the micro batches change: its buffers have them."""
-        boundaries = [self._boundary_of(inputs) for inputs in self._inputs]
+        boundaries = [self.boundary_of(inputs) for inputs in self._inputs]
         shapes = [[(t.shape, t.dtype) for t in boundary] for boundary in boundaries]
         for number, other in enumerate(shapes[1:], start=2):
             if other != shapes[0]:
@@ -151,7 +151,8 @@ class PipelineStep:
             scale_grads=False,
         )
 
-    def _boundary_of(self, inputs: Any) -> _Boundary:
+    def boundary_of(self, inputs: Any) -> _Boundary:
+        """What travels between stages with this micro batch: tensors of the meta device."""
         ask = partial(self.root.stage_boundary, **self._ask)
         found: _Boundary = self.task.forward(_with(self.model, self.path, ask), inputs)
         return tuple(t.requires_grad_(t.is_floating_point()) for t in found)
@@ -175,11 +176,7 @@ class PipelineStep:
     def _run(self, part: StagePart, received: _Boundary, micro: int) -> Any:
         """One micro batch through one stage: what travels on, or the summed loss."""
         inputs = self._inputs[micro]
-        if self.participation is not None:
-            self.participation.absent = part.absent
-        call = StageCall(part.first, part.last, part.blocks, received)
-        model = _with(self.model, self.path, partial(self.root, stage=call))
-        outputs = self.task.forward(model, inputs)
+        outputs = self.forward_part(part, received, inputs)
         if part is self.parts[-1]:
             self._inputs[micro] = None
         if not part.last:
@@ -188,6 +185,13 @@ class PipelineStep:
         assert self._sums is not None
         self._sums.add(losses, weights, metrics, self.task.tokens(inputs))
         return losses.sum()
+
+    def forward_part(self, part: StagePart, received: _Boundary, inputs: Any) -> Any:
+        """Run one of this rank's stages: the last one returns what the model does, others what travels on."""
+        if self.participation is not None:
+            self.participation.absent = part.absent
+        call = StageCall(part.first, part.last, part.blocks, received)
+        return self.task.forward(_with(self.model, self.path, partial(self.root, stage=call)), inputs)
 
     def _travelling(self, outputs: _Boundary) -> _Boundary:
         shapes = [tuple(t.shape) for t in outputs]

@@ -121,6 +121,7 @@ def find_resume(job: TrainingJob, dataset: Any) -> Resume | None:
     checkpoint = checkpoint if checkpoint.name == first else checkpoint.with_name(first)
     content = read_state(checkpoint)
     state, modules = content["state"], content.get("modules")
+    _check_adapters(state, job, checkpoint)
     names = tuple(map(str, modules)) if isinstance(modules, list) else ()
     if flags.finetune:
         return Resume(checkpoint, True, state, names)
@@ -150,6 +151,27 @@ def find_resume(job: TrainingJob, dataset: Any) -> Resume | None:
             "the order of samples changes from here"
         )
     return Resume(checkpoint, False, state, names, tuple(told), position)
+
+
+def _check_adapters(state: Mapping[str, Any], job: TrainingJob, checkpoint: Path) -> None:
+    """A run with LoRA goes on from a run with LoRA.
+
+    Raises:
+        UserError: one has adapters and the other has none.
+    """
+    load = f"--load {job.flags.load}"
+    if job.lora is None and "lora" in state:
+        targets = state["lora"].get("target_modules") or ["…"]
+        raise UserError(
+            f"{load}: {checkpoint.name} has an adapter alone, and the job trains without LoRA; give the flags that it was "
+            f"trained with (--lora-target-modules {' '.join(targets)} …), or make a whole folder of it with `mm convert "
+            "--merge-lora`."
+        )
+    if job.lora is not None and "lora" not in state:
+        raise UserError(
+            f"{load}: {checkpoint.name} was trained without LoRA and has no adapter; if its weights are to be under one, "
+            f"give it as --load-base-model {job.flags.load}."
+        )
 
 
 def _position(state: Mapping[str, Any], job: TrainingJob) -> tuple[Any, list[str]]:

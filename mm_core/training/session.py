@@ -116,7 +116,7 @@ def _prepare(job: TrainingJob, *, build: bool = True) -> Any:
     if build:
         check_build(job)
     # Annotations and headers are read before weights, and before anything is written.
-    return build_dataset(job.components["dataset"], job.flags.seed)
+    return build_dataset(job.components["dataset"], job.flags.seed, job.flags.seq_length)
 
 
 def _train_rank(job: TrainingJob, dataset: Any, member: Membership) -> int:
@@ -135,6 +135,8 @@ def _train_rank(job: TrainingJob, dataset: Any, member: Membership) -> int:
         setup_logging(rank, run.logs if run else None)
         for name in removed:
             log.info("removed %s, left by a run that was killed", name)
+        for note in getattr(dataset, "notes", ()):  # it was built before there was a log
+            log.info("%s", note)
         if run is None:
             log.warning("without --save nothing is kept of this run: no checkpoints, no metrics.jsonl")
         for finding in job.findings:

@@ -89,8 +89,8 @@ class Passes:
         """
         count = 0
         for count, inputs in enumerate(micro_batches, start=1):
-            outputs = self.task.forward(self.model, inputs)
-            losses, weights, metrics = self.task.loss(outputs, inputs)
+            # The outputs have no name here: all logits of a large vocabulary would be kept through the backward pass.
+            losses, weights, metrics = self.task.loss(self.task.forward(self.model, inputs), inputs)
             self.exchange.begin(count - 1)
             losses.sum().backward()
             sums.add(losses, weights, metrics, self.task.tokens(inputs))
@@ -226,6 +226,7 @@ class StepReport:
         norm: of the gradients, 0-d.
         mismatch: from `UnusedParameters.mismatch`.
         samples: of this rank.
+        validation: numbers of the validation after this step, if there was one.
     """
 
     step: int
@@ -237,6 +238,7 @@ class StepReport:
     rate: float = 0.0
     seconds: float = 0.0
     consumed_samples: int = 0
+    validation: dict[str, float] = field(default_factory=dict)
     _host: torch.Tensor = field(init=False)
 
     @property

@@ -19,20 +19,19 @@ from torch import nn
 import mm_core
 from mm_core.accelerator import Accelerator
 from mm_core.config import TrainingJob
-from mm_core.config.document import expanded
 from mm_core.data import build_loader
 from mm_core.data.streams import is_streamed
 from mm_core.models.factory import build_model
+from mm_core.models.kernels import Computation
 from mm_core.models.text_encoders import check_vocabulary
-from mm_core.observe.callback import Callback, RunContext, StepRecord
-from mm_core.observe.console import ConsoleProgress, human_count, show
-from mm_core.observe.metrics import MetricsFile, TensorBoard
-from mm_core.observe.profiler import StaticProfile
-from mm_core.observe.step_log import StepLog
-from mm_core.sharding.table import plan_texts
+from mm_core.models.transformers_model import TransformersModel
+from mm_core.models.vocabulary import check_network_vocabulary
+from mm_core.observe.callback import RunContext, StepRecord
+from mm_core.sharding.parameters import part_parameters
+from mm_core.training.callbacks import build_callbacks
 from mm_core.training.changes import identity, learning_rate
+from mm_core.training.describe import describe
 from mm_core.training.ema import ExponentialAverage
-from mm_core.training.expert_load import ExpertLoadLog
 from mm_core.training.export import Exported, check_export, export
 from mm_core.training.gradients import scale_and_clip
 from mm_core.training.initial_weights import load_initial_weights
@@ -49,6 +48,7 @@ from mm_core.training.step import (
     sharded_roots,
 )
 from mm_core.training.sums import StepSums
+from mm_core.training.validation import build_validation
 from mm_core.weights.retention import Retention
 from mm_core.weights.stored import StoredWeights
 from mm_core.weights.writing import Contents
@@ -94,11 +94,14 @@ class Trainer:
         sizes = job.parallel
         self.accumulation = flags.accumulation_steps(sizes.data_parallel(self.world_size))
 
-        self.model = build_model(job.components, device=self.device, hooks=job.hooks)
+        where = Computation.of(self.device, job.fsdp2.param_dtype)
+        self.model = build_model(job.components, device=self.device, hooks=job.hooks, where=where)
         tokenizer_size = getattr(dataset, "tokenizer_size", None)
         text_encoder = getattr(self.model, "text_encoder", None)
         if tokenizer_size is not None and text_encoder is not None:
             check_vocabulary(text_encoder, tokenizer_size, tokenizer="tokenizer_config")
+        elif tokenizer_size is not None and isinstance(self.model, TransformersModel):
+            check_network_vocabulary(self.model, tokenizer_size)
         self.model.fully_shard(None, job.fsdp2, sizes)
         self.mesh = mesh = self.model.parallel_mesh
         self.trained = trained = self.model.trained
@@ -141,33 +144,15 @@ class Trainer:
             position=resume.position if resume else None,
         )
         self.batches = iter(self.loader)
+        self.validation = build_validation(job, dataset, self.model, self.passes, accelerator)
         if flags.save_hf:
             check_export(self.exported())
-        self.callbacks = self._build_callbacks()
+        self.callbacks = build_callbacks(
+            job, run, rank=self.rank, step=self.step, device=self.device, resolved=self._resolved
+        )
         self.saver = None if run is None else self._build_saver(run)
 
     # -- building ---------------------------------------------------------------------------------------------------
-
-    def _build_callbacks(self) -> list[Callback]:
-        callbacks: list[Callback] = [
-            ExpertLoadLog(self.device), ConsoleProgress(), StepLog(self.flags.global_batch_size),
-        ]  # fmt: skip
-        if self.run is not None:
-            if self.rank == 0:
-                self.run.cut_metrics(self.step)
-                self.run.write_config(self._resolved())
-            callbacks.append(MetricsFile(self.run.metrics))
-        board = self.flags.tensorboard_dir or (
-            self.run.path / "tensorboard" if self.run is not None else None
-        )
-        if board is not None:
-            callbacks.append(TensorBoard(expanded(str(board))))
-        if self.job.tools.profile.enable:
-            callbacks.append(StaticProfile(self.job.tools))
-        for spec in self.job.callbacks:
-            callback: Any = default_manager().load(spec)
-            callbacks.append(callback())
-        return callbacks
 
     def _build_passes(self) -> Passes | PipelineStep:
         """What runs the forward and backward passes of a step."""
@@ -202,6 +187,7 @@ class Trainer:
                 path or ".": plan.as_dict(shards, self.model.device_mesh.size())
                 for path, plan in self.model.sharding_plans.items()
             },
+            "parameters": [p.as_dict() for p in part_parameters(self.model, self.model.sharding_plans)],
         }
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -228,14 +214,15 @@ class Trainer:
                 callback.on_train_start(context)
             if self.saver is not None:
                 ends.enter_context(self.saver)  # the last checkpoint is complete before a callback ends
-            self._describe()
+            describe(self)
             if self.generators is not None:
                 self.accelerator.set_rng_state(self.generators)
             while self.step < flags.train_iters and not stopping:
                 for callback in self.callbacks:
                     callback.on_step_start(context, self.step + 1)
                 self.reports.append(self._train_step(stop_requested))
-                stopping = self._tell(context, unread=1 if self.clip_grad_async else 0)
+                stopping = self._validate(context, stop_requested)
+                stopping = self._tell(context, unread=1 if self.clip_grad_async else 0) or stopping
                 if flags.exit_interval and self.step % flags.exit_interval == 0:
                     break
                 if flags.save_interval and self.step % flags.save_interval == 0:
@@ -295,6 +282,17 @@ class Trainer:
         report.consumed_samples = self.consumed_samples
         return report
 
+    def _validate(self, context: RunContext, stop_requested: Callable[[], bool]) -> bool:
+        """Validate if it is time, and leave the numbers in the step's report; as `_tell`, which comes after it."""
+        if self.validation is None or not self.validation.due(self.step):
+            return False
+        stopping = self._tell(context, unread=1)
+        report = self.reports[-1]
+        total, *_ = report.read()  # nothing bad is validated
+        if not (stopping or total.stop):  # after SIGTERM there may be no time for more than the checkpoint
+            report.validation = self.validation.run(self.step, stop_requested)
+        return stopping
+
     def _tell(self, context: RunContext, unread: int = 0) -> bool:
         """Read the reports of past steps, all but the last `unread`, and hand them to the callbacks.
 
@@ -316,7 +314,8 @@ class Trainer:
                 tokens_per_second=total.tokens / (self.mesh.sizes.cp * self.mesh.sizes.tp) / report.seconds,
                 memory_bytes=self.accelerator.max_memory_bytes(),
                 consumed_samples=report.consumed_samples,
-                extra={name: value / total.weight for name, value in total.metrics.items()},
+                extra={name: value / total.weight for name, value in total.metrics.items()}
+                | report.validation,
             )
             for callback in self.callbacks:
                 callback.on_step_end(context, record)
@@ -374,25 +373,3 @@ class Trainer:
             **{name: value for name, value in optional.items() if value is not None},
             **loader_state(self.loader, self.job),
         }
-
-    def _describe(self) -> None:
-        if self.rank == 0:
-            shards = self.model.device_mesh.size(-1)
-            show(plan_texts(self.model.sharding_plans, shards, self.model.device_mesh.size()))
-        trained = sum(p.numel() for p in self.parameters)
-        log.info(
-            "training %s parameters%s on %d × %s (%s); global batch %d = %d %s × micro batch %d × %d accumulated",
-            human_count(trained), " of this stage" if self.mesh.pp is not None else "", self.world_size, self.device.type,
-            dist.get_backend(), self.flags.global_batch_size, self.mesh.dp_size,
-            "ranks" if self.mesh.dp_size == self.world_size else "groups of ranks", self.flags.micro_batch_size,
-            self.accumulation,
-        )  # fmt: skip
-        if str(self.mesh.sizes):
-            log.info("one model is shared as %s", self.mesh.sizes)
-        if self.mesh.pp is not None:
-            log.info("%s", self.passes)
-        log.info(
-            "%s; %s",
-            self.exchange,
-            "clipped without waiting for the device" if self.clip_grad_async else "clipped at once",
-        )

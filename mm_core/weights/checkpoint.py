@@ -29,6 +29,7 @@ from mm_core.weights.agreement import rank, ranks_agree, world_size
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.metadata import SafeReader, read_metadata
 from mm_core.weights.optimizer_state import PREFIX, NamedOptimizer
+from mm_core.weights.peft_names import base_tensors
 from mm_core.weights.state_file import EMA, read_state
 from mm_core.weights.tensors import compare_keys, shortened
 from mm_core.weights.writing import CheckpointWriter, Contents, module_tensors, rng_name
@@ -152,6 +153,28 @@ def load_module_weights(
             if not averaged:
                 raise WeightsError(f"{checkpoint} has no averaged weights; it was saved without --ema-decay.")
             tensors = {f"{EMA}{n}" if f"{EMA}{n}" in averaged else n: t for n, t in tensors.items()}
+        _read_tensors(tensors, checkpoint)
+
+
+def load_base_weights(module: nn.Module, checkpoint: Path, prefix: str) -> None:
+    """Read the weights under a module's PEFT adapters from a checkpoint of a run without any, in place; dtypes are
+    converted. All ranks call this.
+
+    Args:
+        module: materialised, sharded or not.
+        checkpoint: one complete `iter_…` folder, as `resolve_load` returns it.
+        prefix: the name that it was saved under.
+
+    Raises:
+        WeightsError, CheckpointError: as `load_checkpoint`.
+    """
+    what = f"reading {checkpoint}"
+    with ranks_agree(what):
+        layout.verify_contents(checkpoint, rank(), world_size())
+    with ranks_agree(what):
+        once = {id(tensor): (name, tensor) for name, tensor in reversed(base_tensors(module).items())}
+        tensors = {f"{prefix}.{name}": tensor for name, tensor in once.values()}
+        _check_modules(tensors, _stored_shapes(checkpoint), {prefix: module}, checkpoint)
         _read_tensors(tensors, checkpoint)
 
 

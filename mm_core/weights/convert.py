@@ -150,7 +150,7 @@ def convert_tensors(
             module, folder, adapter, config, dtypes=dtypes, layout=stored.layout or None,
             read=_reader(source, names, dtype, advance), max_file_bytes=max_file_bytes,
         )  # fmt: skip
-    return _described(source.path, folder, kind, tuple(left_out))
+    return described_conversion(source.path, folder, kind, tuple(left_out))
 
 
 def copy_folder(
@@ -175,7 +175,7 @@ def copy_folder(
         for name, info in source.tensors.items()
     }  # fmt: skip
     names = {name: name for name in planned}
-    beside = _small_files(source.path)
+    beside = small_files(source.path)
     text = None
     if dtype is not None and (source.path / _CONFIG) in beside:
         text = config_text(_with_dtype(read_config(source.path / _CONFIG), dtype))
@@ -194,7 +194,7 @@ def copy_folder(
             else:
                 writer.copy_file(file)
         writer.publish()
-    return _described(source.path, folder, "a Hugging Face folder", ())
+    return described_conversion(source.path, folder, "a Hugging Face folder", ())
 
 
 def _reader(
@@ -246,7 +246,7 @@ def _dtype_name(name: str, dtype: torch.dtype) -> str:
         ) from None
 
 
-def _small_files(folder: Path) -> list[Path]:
+def small_files(folder: Path) -> list[Path]:
     """What lies beside the weights and describes them or their tokenizer."""
     found = []
     for file in sorted({path for pattern in _SMALL_FILES for path in folder.glob(pattern)}):
@@ -271,7 +271,7 @@ def _stem(source: FolderSource) -> str:
     return re.sub(r"-\d+-of-\d+$", "", source.files[0].name.removesuffix(".safetensors"))
 
 
-def _described(source: Path, folder: Path, kind: str, left_out: tuple[str, ...]) -> Conversion:
+def described_conversion(source: Path, folder: Path, kind: str, left_out: tuple[str, ...]) -> Conversion:
     """Read the headers of what was written."""
     files = weight_files(folder)
     tensors = read_headers(files)

@@ -15,8 +15,9 @@ from mm_core.weights.errors import WeightsError
 from mm_core.weights.headers import read_headers
 from mm_core.weights.hf_folder import known_recipes, weight_files
 from mm_core.weights.mapping import module_recipes
+from mm_core.weights.peft_names import base_tensors
 from mm_core.weights.recipe import result_shape, sources
-from mm_core.weights.tensors import compare_keys, state_tensors
+from mm_core.weights.tensors import compare_keys
 
 _FIRST = 3
 
@@ -59,7 +60,7 @@ def check_fit(
     folder = Path(folder)
     files = weight_files(folder)
     stored = read_headers(files)
-    targets = state_tensors(module)
+    targets = base_tensors(module)
     given = {key: tensor.shape for key, tensor in stored.items()}
     recipes = known_recipes(module, module_recipes(module, adapter, given), targets)
     shapes: dict[str, tuple[int, ...]] = {}

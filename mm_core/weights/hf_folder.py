@@ -24,15 +24,15 @@ from mm_core.weights.agreement import rank, ranks_agree
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.headers import Located, locate_all
 from mm_core.weights.mapping import module_recipes
+from mm_core.weights.peft_names import base_tensors
 from mm_core.weights.reading import Read, planned_bytes, read_all
-from mm_core.weights.recipe import Recipe, Shape, inverted, pieces, result_shape, sources
+from mm_core.weights.recipe import Recipe, Shape, Stored, inverted, pieces, result_shape, sources
 from mm_core.weights.tensors import (
     TORCH_DTYPES,
     compare_keys,
     dtype_name,
     local_part,
     shortened,
-    state_tensors,
 )
 from mm_registry.words import clip, described
 
@@ -85,7 +85,7 @@ def load_hf_folder(
 
     Args:
         module: materialised (not on meta); sharded parameters take their slices. Ranks that share a mesh
-            call this together.
+            call this together. PEFT adapters in it keep their values.
         folder: holds `*.safetensors`: one file, or several with an index.
         adapter: says what the folder's tensors are in the module; without one they are the same, or for a model of
             transformers what that library makes of them.
@@ -97,7 +97,7 @@ def load_hf_folder(
         CheckpointError: another failure, on some rank.
     """
     folder = Path(folder)
-    targets = state_tensors(module)
+    targets = base_tensors(module)
     sharded = any(isinstance(tensor, DTensor) for tensor in targets.values())
     with ranks_agree(f"loading {folder}", alone=not sharded):
         begin = time.perf_counter()
@@ -106,9 +106,7 @@ def load_hf_folder(
         recipes = module_recipes(module, adapter, shapes)
         recipes = known_recipes(module, recipes, targets, elsewhere)
         _check(targets, recipes, stored, folder)
-        reads = _reads(targets, recipes, stored, shapes)
-        with byte_progress(f"reading {folder}", planned_bytes(reads), shown=rank() == 0) as advance:
-            read = read_all(reads, advance=advance)
+        read = _fill(targets, recipes, stored, folder)
         seconds = time.perf_counter() - begin
         log.info("read %.1f MB of %s in %.1f s", read / 1e6, folder, seconds)
         return LoadedFolder(
@@ -215,6 +213,34 @@ def known_recipes(
     if left:
         log.info("%d tensors are passed over, as transformers does: %s …", len(left), left[0])
     return {name: recipe for name, recipe in recipes.items() if name not in set(spare)}
+
+
+def fill_from_folder(targets: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Copy a folder's tensors, as they are, into these, in place; as strict as `load_hf_folder`, and without its agreement
+    of ranks.
+
+    Args:
+        targets: the folder's key -> tensor, sharded or not.
+
+    Raises:
+        WeightsError: as `load_hf_folder`.
+    """
+    stored = locate_all(weight_files(folder))
+    recipes: dict[str, Recipe] = {key: Stored(key) for key in stored}
+    _check(targets, recipes, stored, folder)
+    _fill(targets, recipes, stored, folder)
+
+
+def _fill(
+    targets: Mapping[str, torch.Tensor],
+    recipes: Mapping[str, Recipe],
+    stored: Mapping[str, Located],
+    folder: Path,
+) -> int:
+    """Read this rank's part of all targets; returns the bytes."""
+    reads = _reads(targets, recipes, stored, {key: found.tensor.shape for key, found in stored.items()})
+    with byte_progress(f"reading {folder}", planned_bytes(reads), shown=rank() == 0) as advance:
+        return read_all(reads, advance=advance)
 
 
 def _reads(

@@ -18,6 +18,7 @@ from mm_core.weights.errors import WeightsError
 from mm_core.weights.hf_writer import LARGEST_FILE, FolderWriter, PlannedTensor, check_dtype, split_files
 from mm_core.weights.library_config import file_stem
 from mm_core.weights.mapping import folder_recipes
+from mm_core.weights.peft_names import base_tensors
 from mm_core.weights.recipe import (
     Concat,
     Narrowed,
@@ -29,7 +30,7 @@ from mm_core.weights.recipe import (
     result_shape,
     sources,
 )
-from mm_core.weights.tensors import TORCH_DTYPES, shortened, state_tensors, whole_tensor
+from mm_core.weights.tensors import TORCH_DTYPES, shortened, whole_tensor
 
 
 def save_hf_folder(
@@ -43,6 +44,7 @@ def save_hf_folder(
     values: Mapping[str, torch.Tensor] | None = None,
     read: Callable[[str], torch.Tensor] | None = None,
     max_file_bytes: int = LARGEST_FILE,
+    beside: Sequence[Path] = (),
 ) -> Path:
     """Write a module's parameters and persistent buffers as a folder that `load_hf_folder` and the upstream
     libraries read.
@@ -51,7 +53,7 @@ def save_hf_folder(
 
     Args:
         module: materialised; if it is sharded, the ranks that share its mesh call this together, and rank 0
-            writes. Whole tensors are gathered one by one, and written as they come.
+            writes. Whole tensors are gathered one by one, and written as they come. PEFT adapters are left out.
         folder: does not exist yet, or is empty.
         adapter: gives the folder's names and layout; without one they are those of the library that the module
             is from, or the module's own.
@@ -64,6 +66,7 @@ def save_hf_folder(
         read: returns the whole tensor of one of the module's names; then the module's own values are not read, and it
             may be on the meta device.
         max_file_bytes: several files with an index are written beyond it.
+        beside: small files that are copied, such as a tokenizer's.
 
     Returns:
         The folder.
@@ -74,7 +77,7 @@ def save_hf_folder(
         CheckpointError: another failure, on some rank.
     """
     folder = Path(folder)
-    tensors = with_values(state_tensors(module), values or {})
+    tensors = with_values(base_tensors(module), values or {})
     alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
     what = f"writing {folder}"
     writer: FolderWriter | None = None
@@ -92,6 +95,8 @@ def save_hf_folder(
             if writer is not None:
                 if text is not None:
                     writer.write_text("config.json", text)
+                for file in beside:
+                    writer.copy_file(file)
                 writer.publish()
     return folder
 
@@ -110,7 +115,7 @@ def check_hf_folder(
     Raises:
         WeightsError: as `save_hf_folder`, of everything but the disk.
     """
-    tensors = state_tensors(module)
+    tensors = base_tensors(module)
     for name, planned in _planned(_layout(module, adapter, tensors, layout), tensors, dtypes or {}).items():
         check_dtype(name, planned.dtype)
     if config is not None:

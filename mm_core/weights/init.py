@@ -17,6 +17,7 @@ from torch import nn
 from mm_core.random import keyed_seed
 from mm_core.sharding.plan import bare_name
 from mm_core.weights.errors import WeightsError
+from mm_core.weights.peft_names import base_name
 from mm_core.weights.recorded import Recorded, recorded
 from mm_core.weights.tensors import local_part, shortened
 
@@ -129,8 +130,9 @@ class _Libraries:
             record = self._record(path)
             if record is None:
                 continue
+            rest = ".".join(parts[length:])
             with _keyed_generator(self._seed):
-                value = record.value(bare_name(".".join(parts[length:])), tensor.shape, self._seed)
+                value = record.value(_upstream(rest), tensor.shape, self._seed)
             if value is not None:
                 return value
         return None
@@ -175,7 +177,7 @@ def _fill_own(
     """Fill parameters of one module, and its buffers, by means of a stand-in."""
     unfilled: list[str] = []
     stand_in = _stand_in(owner, own)
-    with _keyed_generator(keyed_seed(seed, f"init {bare_name(path)}")):
+    with _keyed_generator(keyed_seed(seed, f"init {_upstream(path)}")):
         how = _initialise(stand_in, owner, component)
     for name, parameter in own.items():
         whole = stand_in._parameters[name]
@@ -292,6 +294,12 @@ def _ties(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 def _offloads(module: nn.Module) -> bool:
     """Whether the module's sharded parameters live on the CPU; `apply_plan` notes it on the root."""
     return any(getattr(part, "_mm_offload_to_cpu", False) for part in module.modules())
+
+
+def _upstream(name: str) -> str:
+    """The name without wrappers, those of PEFT too: a network starts from the same values with adapters and without."""
+    bare = bare_name(name)
+    return base_name(bare) or bare
 
 
 def _class_name(module: nn.Module) -> str:

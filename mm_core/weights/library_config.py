@@ -17,7 +17,8 @@ from torch import nn
 from mm_core.weights.adapter import StateDictAdapter
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.hf_writer import DIFFUSERS_STEM
-from mm_core.weights.tensors import TORCH_DTYPES, state_tensors
+from mm_core.weights.peft_names import base_tensors
+from mm_core.weights.tensors import TORCH_DTYPES
 from mm_registry.words import described, shown
 
 TRANSFORMERS_STEM = "model"
@@ -96,7 +97,7 @@ def folder_config(
 
 def _most(module: nn.Module, dtypes: Mapping[str, str]) -> str | None:
     counts: Counter[str] = Counter()
-    for key, tensor in state_tensors(module).items():
+    for key, tensor in base_tensors(module).items():
         if tensor.is_floating_point():
             name = dtypes.get(key)
             counts[str(tensor.dtype if name is None else TORCH_DTYPES[name])] += tensor.numel()

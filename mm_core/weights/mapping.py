@@ -15,15 +15,17 @@ from torch import nn
 from mm_core.weights import transformers_layout
 from mm_core.weights.adapter import StateDictAdapter, renamed
 from mm_core.weights.errors import WeightsError
+from mm_core.weights.peft_names import base_tensors
 from mm_core.weights.recipe import Recipe, Shape, Stored, result_shape, sources
-from mm_core.weights.tensors import state_tensors
 from mm_registry.errors import UserError
 from mm_registry.words import described
 
 
 def shapes_of(module: nn.Module) -> dict[str, Shape]:
-    """Shapes of a module's parameters and persistent buffers by upstream name; whole ones, if they are sharded."""
-    return {name: tuple(tensor.shape) for name, tensor in state_tensors(module).items()}
+    """Shapes of a module's parameters and persistent buffers by upstream name; whole ones, if they are sharded. PEFT
+    adapters are not among them.
+    """
+    return {name: tuple(tensor.shape) for name, tensor in base_tensors(module).items()}
 
 
 def module_recipes(

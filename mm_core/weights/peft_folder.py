@@ -14,24 +14,22 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mm_core.sharding.plan import bare_name
 from mm_core.weights.agreement import rank, ranks_agree
 from mm_core.weights.errors import WeightsError
+from mm_core.weights.hf_folder import fill_from_folder
 from mm_core.weights.hf_save import with_values
 from mm_core.weights.hf_writer import FolderWriter, PlannedTensor
+from mm_core.weights.peft_names import adapter_names
 from mm_core.weights.tensors import state_tensors, whole_tensor
 from mm_registry.words import described
 
 #: PEFT's own name of what wraps the network. diffusers: `load_lora_adapter(folder, prefix="base_model.model")`.
 PREFIX = "base_model.model."
+ADAPTER_CONFIG = "adapter_config.json"
 _STEM = "adapter_model"
 # diffusers knows the scale of an adapter from here; without it alpha would be taken for the rank.
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
-
-
-def adapter_names(module: nn.Module) -> list[str]:
-    """Names of the PEFT adapters in a module; none if it has no PEFT layers."""
-    configs: Any = getattr(module, "peft_config", None)
-    return [str(name) for name in configs] if isinstance(configs, Mapping) else []
 
 
 def save_peft_folder(
@@ -79,9 +77,29 @@ def save_peft_folder(
             if writer is not None:
                 for name, tensor in whole.items():
                     writer.write(name, tensor)
-                writer.write_text("adapter_config.json", text + "\n")
+                writer.write_text(ADAPTER_CONFIG, text + "\n")
                 writer.publish()
     return folder
+
+
+def load_peft_folder(module: nn.Module, folder: Path | str, adapter: str | None = None) -> None:
+    """Read a folder that `save_peft_folder` or PEFT wrote into a module's adapter of the same shape, in place; dtypes are
+    converted. Ranks that share a mesh call this together, and each reads only its slices.
+
+    Args:
+        module: materialised, sharded or not.
+        adapter: its name; None if there is one only.
+
+    Raises:
+        WeightsError: tensors are missing, unexpected, or of another shape; all of these are listed together.
+        CheckpointError: another failure, on some rank.
+    """
+    folder = Path(folder)
+    tensors = state_tensors(module)
+    alone = not any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    with ranks_agree(f"loading {folder}", alone=alone):
+        _, chosen = _adapter(module, tensors, adapter)
+        fill_from_folder(chosen, folder)
 
 
 def _adapter(
@@ -105,13 +123,16 @@ def _adapter(
         ) from error
     peft_config: Any = getattr(module, "peft_config")[adapter]  # noqa: B009 - a mapping that nn.Module does not declare
     try:
-        # The given tensors are chosen from and renamed, not read: they may be sharded.
+        # The given tensors are chosen from and renamed, not read: they may be sharded. peft compares their names with the
+        # modules', which wrappers have changed.
+        wrapped = {name: bare_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+        given = {name: tensors[bare] for name, bare in wrapped.items() if bare in tensors}
         found = get_peft_model_state_dict(
-            module, state_dict=dict(tensors), adapter_name=adapter, save_embedding_layers=False
+            module, state_dict=given, adapter_name=adapter, save_embedding_layers=False
         )
     except (KeyError, ValueError, TypeError, NotImplementedError) as error:
         raise WeightsError(f"adapter {adapter!r} cannot be saved by peft: {described(error)}") from error
-    chosen = {name if name.startswith(PREFIX) else PREFIX + name: tensor for name, tensor in found.items()}
+    chosen = {PREFIX + bare_name(name.removeprefix(PREFIX)): tensor for name, tensor in found.items()}
     if not chosen:
         raise WeightsError(f"adapter {adapter!r} has no tensors in the module")
     return _plain(peft_config.to_dict()) | {"inference_mode": True}, chosen

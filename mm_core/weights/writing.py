@@ -32,11 +32,11 @@ from mm_core.accelerator import Accelerator
 from mm_core.weights import layout
 from mm_core.weights.agreement import at_rank_0, everywhere, from_rank_0, rank, ranks_agree, world_size
 from mm_core.weights.optimizer_state import NamedOptimizer, merged_settings
+from mm_core.weights.peft_names import kept_tensors
 from mm_core.weights.retention import Retention
 from mm_core.weights.snapshot import HostBuffers
 from mm_core.weights.space import check_space
 from mm_core.weights.state_file import FORMAT, STATE, fault_of_state
-from mm_core.weights.tensors import state_tensors
 
 log = logging.getLogger(__name__)
 
@@ -286,11 +286,13 @@ class _Digested:
 
 
 def module_tensors(modules: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """All tensors to store or fill, a tied one under its first name only."""
+    """All tensors to store or fill, a tied one under its first name only; of a network with PEFT adapters what is
+    trained.
+    """
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for prefix, module in modules.items():
-        for name, tensor in state_tensors(module).items():
+        for name, tensor in kept_tensors(module).items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 tensors[f"{prefix}.{name}"] = tensor

@@ -85,6 +85,13 @@ _COMPONENTS = (
         "ae.i2v_processor.processor_id",
     ),
     Group("mm_core.datasets", "dataset", "dataset", "DATASET_MAPPINGS", "dataset_param.dataset_type"),
+    Group(
+        "mm_core.chat_templates",
+        "chat_template",
+        "chat template",
+        "CHAT_TEMPLATE_MAPPINGS",
+        "dataset_param.basic_parameters.template",
+    ),
     Group("mm_core.pipelines", "pipeline", "pipeline", "PIPELINE_MAPPINGS", "pipeline_class"),
     Group("mm_core.tasks", "task", "task", "TASK_MAPPINGS", "task_id"),
     Group("mm_core.callbacks", "callback", "callback", "CALLBACK_MAPPINGS", "callbacks"),

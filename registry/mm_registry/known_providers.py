@@ -35,7 +35,12 @@ KNOWN_PROVIDERS: tuple[KnownProvider, ...] = (
         ae_models=("wan_video_vae",),
         pipelines=("WanPipeline",),
     ),
-    _provider("mmzoo-plugin-qwen3vl", "mm_plugins/qwen3vl", transformers_models=("qwen3_vl", "qwen3_vl_moe")),
+    _provider(
+        "mmzoo-plugin-qwen3vl",
+        "mm_plugins/qwen3vl",
+        transformers_models=("qwen3_vl", "qwen3_vl_moe"),
+        chat_templates=("qwen3_vl", "qwen3_vl_nothink"),
+    ),
     _provider("mmzoo-plugin-haar", "examples/plugins/mmzoo-plugin-haar", ae_models=("haar_video",)),
 )
 

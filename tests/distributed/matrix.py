@@ -25,6 +25,7 @@ from mm_core.training.gradients import scale_and_clip
 from mm_core.training.step import GradientExchange, UnusedParameters
 from mm_core.weights import materialize
 from mm_core.weights.tensors import state_tensors
+from tests.distributed import vision_language
 from tests.distributed.harness import run_ranks
 from tests.distributed.models import MODELS, Composite, Dropout, TinyModel, force_offload, optimizer_of
 
@@ -62,6 +63,26 @@ FACTORS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     }
 )
 
+VISION_LANGUAGE = vision_language.names()
+"""Models of a matrix of their own."""
+_WITH_EXPERTS = ("moe", "qwen3_vl_moe")
+
+
+@functools.cache
+def model_of(name: str) -> TinyModel:
+    """A model, built the first time that it is asked for."""
+    return vision_language.tiny_model(name) if name in VISION_LANGUAGE else MODELS[name]
+
+
+def steps_of(name: str) -> int:
+    """How many steps a model is trained: their numbers agree in few, or not at all."""
+    return 3 if name in VISION_LANGUAGE else STEPS
+
+
+def factors_of(models: tuple[str, ...]) -> dict[str, tuple[Any, ...]]:
+    """The choices of a matrix of some models."""
+    return {**FACTORS, "model": models}
+
 
 @dataclass(frozen=True)
 class Way:
@@ -93,7 +114,7 @@ class Way:
 
     def fsdp2(self) -> Fsdp2Config:
         """The fsdp2.yaml of this way."""
-        model = MODELS[self.model]
+        model = model_of(self.model)
         fields: dict[str, Any] = {
             "reshard_after_forward": self.reshard,
             "num_to_forward_prefetch": self.prefetch,
@@ -139,7 +160,7 @@ def is_legal(model: str, ranks: int, mesh: str, reshard: bool | int, experts: in
     """Whether choices of the ruled factors go together."""
     if mesh == "hsdp" and ranks != 4:
         return False  # 2 x 2
-    if experts > 1 and (model != "moe" or ranks == 1):
+    if experts > 1 and (model not in _WITH_EXPERTS or ranks == 1):
         return False
     return isinstance(reshard, bool) or (ranks == 4 and mesh == "fsdp")  # part of the ranks that shard
 
@@ -153,19 +174,19 @@ def legal_ways() -> Iterator[Way]:
 
 
 @functools.cache
-def covering_ways(strength: int) -> tuple[Way, ...]:
+def covering_ways(strength: int, models: tuple[str, ...] = FACTORS["model"]) -> tuple[Way, ...]:
     """Few ways in which every legal combination of choices for any `strength` factors occurs at least once.
 
     Those of a smaller strength come first. Greedy: each next way is the one of some random candidates that has most
     combinations that are missing. The seed is fixed, so the choice is the same in every process.
     """
     generator = random.Random(0)
-    found = list(covering_ways(strength - 1)) if strength > 2 else []
+    found = list(covering_ways(strength - 1, models)) if strength > 2 else []
     done = {combination for way in found for combination in combinations_of(way, strength)}
-    missing = {combination: None for combination in combinations(strength) if combination not in done}
+    missing = {combination: None for combination in combinations(strength, models) if combination not in done}
     while missing:
         target = dict(next(iter(missing)))
-        candidates = [_completed(target, generator) for _ in range(30)]
+        candidates = [_completed(target, generator, models) for _ in range(30)]
         best = max(candidates, key=lambda way: sum(c in missing for c in combinations_of(way, strength)))
         for combination in combinations_of(best, strength):
             missing.pop(combination, None)
@@ -176,12 +197,12 @@ def covering_ways(strength: int) -> tuple[Way, ...]:
 Combination = tuple[tuple[str, Any], ...]
 
 
-def combinations(strength: int) -> Iterator[Combination]:
+def combinations(strength: int, models: tuple[str, ...] = FACTORS["model"]) -> Iterator[Combination]:
     """Every choice for any `strength` factors that some legal way makes."""
     for names in itertools.combinations(FACTORS, strength):
-        for values in itertools.product(*(FACTORS[name] for name in names)):
+        for values in itertools.product(*(factors_of(models)[name] for name in names)):
             chosen = dict(zip(names, values, strict=True))
-            if next(_ruled(chosen), None) is not None:
+            if next(_ruled(chosen, models), None) is not None:
                 yield tuple(chosen.items())
 
 
@@ -191,16 +212,18 @@ def combinations_of(way: Way, strength: int) -> Iterator[Combination]:
         yield tuple((name, getattr(way, name)) for name in names)
 
 
-def _ruled(chosen: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _ruled(chosen: Mapping[str, Any], models: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """The legal choices of the ruled factors that agree with what is chosen."""
-    for values in itertools.product(*((chosen[n],) if n in chosen else FACTORS[n] for n in _RULED)):
+    for values in itertools.product(
+        *((chosen[n],) if n in chosen else factors_of(models)[n] for n in _RULED)
+    ):
         if is_legal(*values):
             yield dict(zip(_RULED, values, strict=True))
 
 
-def _completed(chosen: Mapping[str, Any], generator: random.Random) -> Way:
-    values = {name: generator.choice(choices) for name, choices in FACTORS.items()}
-    return Way(**{**values, **chosen, **generator.choice(list(_ruled(chosen)))})
+def _completed(chosen: Mapping[str, Any], generator: random.Random, models: tuple[str, ...]) -> Way:
+    values = {name: generator.choice(choices) for name, choices in factors_of(models).items()}
+    return Way(**{**values, **chosen, **generator.choice(list(_ruled(chosen, models)))})
 
 
 # -- how one is run ---------------------------------------------------------------------------------------------------
@@ -208,7 +231,7 @@ def _completed(chosen: Mapping[str, Any], generator: random.Random) -> Way:
 
 def train(way: Way) -> Run:
     """Train on the ranks of a process group as `mm train` does; rank 0 returns the result."""
-    model = MODELS[way.model]
+    model = model_of(way.model)
     composite = model.composite()
     if way.init == "real":
         composite.predictor = _whole_model(model)
@@ -221,7 +244,7 @@ def train(way: Way) -> Run:
     offloader = force_offload(composite)
     step_of = _Step(model, composite, way.accumulation)
     run = Run([], [], {})
-    for step in range(STEPS):
+    for step in range(steps_of(way.model)):
         loss, norm = step_of(step)
         run.losses.append(loss)
         run.norms.append(norm)
@@ -274,14 +297,14 @@ def reference(name: str, ignored: bool) -> Run:
 
 
 def _reference(name: str, ignored: bool) -> Run:
-    model = MODELS[name]
+    model = model_of(name)
     module = _whole_model(model)
     _drop_out(module, model)
     if ignored:
         _freeze(module, model)
     optimizer = optimizer_of(module)
     run = Run([], [], {})
-    for step in range(STEPS):
+    for step in range(steps_of(name)):
         loss, weight = model.loss(module, step)
         mean = loss / weight
         mean.backward()
@@ -295,7 +318,7 @@ def _reference(name: str, ignored: bool) -> Run:
 
 def initial_weights(name: str) -> dict[str, Any]:
     """What all of them start from."""
-    return {key: value.numpy() for key, value in _whole_model(MODELS[name]).state_dict().items()}
+    return {key: value.numpy() for key, value in _whole_model(model_of(name)).state_dict().items()}
 
 
 def _whole_model(model: TinyModel) -> nn.Module:

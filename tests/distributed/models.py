@@ -42,6 +42,10 @@ _TRANSFORMER: dict[str, Any] = {
 }
 
 
+def _of_each(batch: Batch, part: slice) -> Batch:
+    return {name: tensor[part] for name, tensor in batch.items()}
+
+
 @dataclass(frozen=True)
 class TinyModel:
     """A model, how it is sharded, and what it learns.
@@ -53,6 +57,7 @@ class TinyModel:
             trained on is the sum of the losses over the sum of the weights of the whole global batch.
         blocks: pattern of the blocks; `parts` of one module inside each; `attention` of another; `frozen` of what can
             be frozen and ignored.
+        take: some samples of the global batch.
     """
 
     name: str
@@ -64,6 +69,7 @@ class TinyModel:
     parts: str
     attention: str
     frozen: str
+    take: Callable[[Any, slice], Batch] = _of_each
 
     def build(self, device: str = "meta") -> nn.Module:
         """The bare module."""
@@ -83,8 +89,7 @@ class TinyModel:
         first = rank * per_rank + micro * size
         Dropout.samples = slice(first, first + size)
         torch.manual_seed(step)
-        part = {name: tensor[Dropout.samples] for name, tensor in self.batch(step).items()}
-        losses, weights = self.losses(module, part)
+        losses, weights = self.losses(module, self.take(self.batch(step), Dropout.samples))
         return losses.sum(), weights.sum()
 
 

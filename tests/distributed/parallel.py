@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,10 +30,10 @@ from mm_core.weights import materialize
 from mm_core.weights.tensors import state_tensors
 from mm_plugin_wan22.policy import WANDIT
 from mm_plugin_wan22.predictor import WanDiT
-from tests.distributed import models
+from tests.distributed import models, vision_language
 from tests.distributed.against_one import whole
 from tests.distributed.harness import run_ranks
-from tests.distributed.matrix import CLIP, SEED, STEPS, Run
+from tests.distributed.matrix import CLIP, SEED, Run, steps_of
 
 BATCH = models.BATCH
 Batch = dict[str, torch.Tensor]
@@ -148,8 +147,9 @@ class Kind:
 
     make: Callable[[], nn.Module]
     compose: Callable[[nn.Module], Any]
-    batch: Callable[[int], Batch]
+    batch: Callable[[int], Any]
     task: Callable[..., Any]
+    take: Callable[[Any, slice], Batch] = models._of_each
 
 
 def _text(make: Callable[[], nn.Module], policy: ShardingPolicy) -> Kind:
@@ -174,12 +174,21 @@ KINDS = {
 }
 
 
+@functools.cache
+def kind_of(name: str) -> Kind:
+    """A kind, built the first time that it is asked for."""
+    if name not in vision_language.names():
+        return KINDS[name]
+    model = vision_language.tiny_model(name)
+    return replace(_text(model.make, model.policy), batch=model.batch, take=model.take)
+
+
 # -- how one is trained -----------------------------------------------------------------------------------------------
 
 
 def train(way: Way) -> Run:
     """Train on the ranks of a process group as `mm train` does; rank 0 returns the result."""
-    kind = KINDS[way.model]
+    kind = kind_of(way.model)
     with torch.device("meta"):
         model = kind.compose(kind.make())
     model.fully_shard(None, way.fsdp2(), way.sizes)
@@ -188,7 +197,7 @@ def train(way: Way) -> Run:
     model.train()
     step_of = _Step(way, kind, model, network)
     run = Run([], [], {})
-    for step in range(STEPS):
+    for step in range(steps_of(way.model)):
         loss, norm = step_of(step)
         run.losses.append(loss)
         run.norms.append(norm)
@@ -237,7 +246,7 @@ class _Step:
         batch, size = self.kind.batch(step), self.way.micro
         first = self.mesh.dp_rank * size * self.way.accumulation
         for start in range(first, first + size * self.way.accumulation, size):
-            yield {name: tensor[start : start + size] for name, tensor in batch.items()}
+            yield self.kind.take(batch, slice(start, start + size))
 
 
 @functools.cache
@@ -247,14 +256,14 @@ def reference(name: str) -> Run:
 
 
 def _reference(name: str) -> Run:
-    kind = KINDS[name]
+    kind = kind_of(name)
     module = initial(name)
-    model = SimpleNamespace(predictor=module, model=module, router_aux_loss_coef=0.0)
+    model = kind.compose(module)
     task = kind.task(model, seed=SEED, device=torch.device("cpu"))
     optimizer = models.optimizer_of(module)
     run = Run([], [], {})
-    for step in range(STEPS):
-        (inputs,) = task.prepare([kind.batch(step)])
+    for step in range(steps_of(name)):
+        (inputs,) = task.prepare([kind.take(kind.batch(step), slice(None))])
         losses, weights, _ = task.loss(task.forward(model, inputs), inputs)
         mean = losses.sum() / weights.sum()
         mean.backward()
@@ -268,7 +277,7 @@ def _reference(name: str) -> Run:
 
 def initial(name: str) -> nn.Module:
     """The whole model with the values that all ways start from, built on the CPU by its own constructor."""
-    kind = KINDS[name]
+    kind = kind_of(name)
     with torch.device("meta"):
         values = kind.make()
     materialize(values, "cpu", SEED)

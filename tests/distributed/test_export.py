@@ -18,7 +18,8 @@ from mm_core.config.findings import ConfigError
 from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.training.export import Exported, check_export, export, export_folder
 from mm_core.weights import WeightsError, materialize
-from mm_core.weights.peft_folder import adapter_names, save_peft_folder
+from mm_core.weights.peft_folder import save_peft_folder
+from mm_core.weights.peft_names import adapter_names
 from tests.distributed.harness import run_ranks
 from tests.distributed.models import Composite
 from tests.distributed.test_hf_round_trip import tensors_of

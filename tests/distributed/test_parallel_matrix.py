@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.distributed.harness import run_ranks
-from tests.distributed.matrix import CLIP, STEPS, Run
+from tests.distributed.matrix import CLIP, VISION_LANGUAGE, Run, steps_of
 from tests.distributed.parallel import KINDS, Way, initial, reference, train
 from tests.distributed.test_parity_matrix import BOUNDS, relative_distance
 
@@ -18,6 +18,10 @@ FEW = (
     Way("wan", 2, pp=2, micro=2),
     Way("dense", 4, tp=2),
     Way("moe", 4, cp=2, ep=2, algo="ring"),
+    # images and videos
+    Way("qwen3_vl", 4, cp=2, algo="ring", micro=2),
+    Way("qwen3_vl_moe", 4, cp=2, ep=2, micro=1, recompute=True),
+    Way("qwen3_vl", 2, tp=2),
 )
 REST = (
     # experts
@@ -53,6 +57,29 @@ REST = (
     Way("wan", 4, pp=2, vpp=2, micro=1, recompute=True),
     Way("wan", 4, pp=2, micro=2, dtype="bf16"),
     Way("wan", 4, pp=2, cp=2, micro=2),
+    # images and videos
+    *(
+        way
+        for name in VISION_LANGUAGE
+        for way in (
+            Way(name, 2, cp=2),
+            Way(name, 2, cp=2, algo="ring", micro=1, recompute=True),
+            Way(name, 4, cp=4, micro=8),
+            Way(name, 4, cp=4, algo="ring", micro=2),
+            Way(name, 4, cp=2, sharding=2, micro=1),
+            Way(name, 4, cp=2, micro=2, dtype="bf16"),
+            Way(name, 4, tp=2, micro=1),
+            Way(name, 4, tp=2, sharding=1, micro=2, recompute=True),
+            Way(name, 4, tp=2, cp=2, algo="ring", micro=2),
+            Way(name, 4, tp=2, micro=2, dtype="bf16"),
+        )
+    ),
+    Way("qwen3_vl_moe", 2, ep=2, micro=1),
+    Way("qwen3_vl_moe", 4, ep=4, micro=1),
+    Way("qwen3_vl_moe", 4, ep=2, sharding=2, micro=1),
+    Way("qwen3_vl_moe", 4, ep=2, tp=2, micro=2),
+    Way("qwen3_vl_moe", 4, ep=2, cp=2, algo="ring", micro=1),
+    Way("qwen3_vl_moe", 2, tp=2),
 )  # fmt: skip
 
 
@@ -78,11 +105,11 @@ def test_parity_of_every_way(way):
     must_agree(way)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *VISION_LANGUAGE])
 def test_the_bounds_are_far_below_what_training_changes(name):
     run = reference(name)
     start = {key: value.numpy() for key, value in initial(name).state_dict().items()}
     moved = relative_distance(run.weights, start)
     assert moved > 100 * BOUNDS["fp32"][2]
     assert min(run.norms) > CLIP  # clipping has something to do
-    assert len(run.losses) == STEPS
+    assert len(run.losses) == steps_of(name)

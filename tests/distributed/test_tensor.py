@@ -274,7 +274,7 @@ def _head_only() -> nn.Module:
             WAN,
             2,
             "--tensor-model-parallel-size: predictor is a WanTransformer3DModel, whose class carries no tp_plan that says how "
-            "its layers are cut; set it to 1.",
+            "its layers are cut, and its sharding policy does not either (tensor); set it to 1.",
         ),
         (
             replace(MOE, make=_odd),

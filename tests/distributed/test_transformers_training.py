@@ -88,7 +88,9 @@ def job_files(folder: Path, **model: Any) -> Path:
     return folder / "model.json"
 
 
-def trainer_of(model: Path, fsdp2: str, images: bool, run: Path | None, *more: str) -> Trainer:
+def trainer_of(
+    model: Path, fsdp2: str, images: bool, run: Path | None, *more: str, dataset: Any = None
+) -> Trainer:
     os.chdir(ROOT)
     sharding = model.parent / f"fsdp2-{os.getpid()}.yaml"
     sharding.write_text(fsdp2)
@@ -103,7 +105,8 @@ def trainer_of(model: Path, fsdp2: str, images: bool, run: Path | None, *more: s
         (run / "logs").mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator.current()
     accelerator.seed_all(flags.seed)
-    return Trainer(job, accelerator, None if run is None else RunFolder(run), Conversations(images))
+    folder = None if run is None else RunFolder(run)
+    return Trainer(job, accelerator, folder, dataset or Conversations(images))
 
 
 def trained(*args: Any) -> tuple[list[float], dict[str, Any]]:
@@ -155,9 +158,9 @@ def test_a_run_is_saved_continued_and_exported(shared: str | None, tmp_path: Pat
     fsdp2, run = f"align_fsdp_param_groups: {str(shared is None).lower()}\n", tmp_path / "run"
     flags = ("--tensor-model-parallel-size", "2") if shared == "tensor" else ()
     flags = ("--context-parallel-size", "2") if shared == "context" else flags
-    (whole_run,) = run_ranks(trained, 1, model, fsdp2, False, None)
-    first = run_ranks(trained, 2, model, fsdp2, False, run, "--exit-interval", "2", "--save-hf", *flags)
-    rest = run_ranks(trained, 2, model, fsdp2, False, run, "--load", str(run))
+    (whole_run,) = run_ranks(trained, 1, model, fsdp2, True, None)
+    first = run_ranks(trained, 2, model, fsdp2, True, run, "--exit-interval", "2", "--save-hf", *flags)
+    rest = run_ranks(trained, 2, model, fsdp2, True, run, "--load", str(run))
     losses = first[0][0] + rest[0][0]
     close((losses, rest[0][1]), whole_run, 2e-4)
     exported = Qwen3VLMoeForConditionalGeneration.from_pretrained(run / "hf/iter_0000002/model")

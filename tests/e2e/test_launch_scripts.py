@@ -239,7 +239,7 @@ def test_a_script_for_inference_sora(example: tuple[Path, Result], folder: Path)
 
     several = bash(script, folder, LOAD_PATH=run, NPUS_PER_NODE="2")
     assert several.code != 0
-    assert several.err.count("mm generate makes its videos in one process, and 2 were started") == 1
+    assert several.err.count("mm generate works in one process, and 2 were started") == 1
     assert sorted((folder / "runs/generated").glob("*.mp4")) == videos, "nothing was written"
 
 

@@ -22,9 +22,11 @@ from mm_core.config.component import ComponentConfig
 from mm_core.config.flags import TrainFlags
 from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.job import draft_training_job
+from mm_core.config.parallel import ParallelSizes
 from mm_core.models.factory import build_component, build_model
 from mm_core.models.transformers_model import TransformersModel
 from mm_core.random import keyed_generator
+from mm_core.sharding.combinations import parallel_problems
 from mm_core.training.precheck import check_patterns
 from mm_core.training.tasks.language import IGNORED, LanguageTask, token_losses
 from mm_registry import default_manager
@@ -143,11 +145,10 @@ def test_the_loss_for_balanced_experts_is_that_of_transformers() -> None:
         LanguageTask(TransformersModel(dense(), router_aux_loss_coef=0.1), seed=0, device=torch.device("cpu"))
 
 
-def test_tokens_that_are_not_learnt_have_no_weight() -> None:
+def test_tokens_that_are_not_learnt_have_no_loss() -> None:
     targets = torch.tensor([[1, IGNORED, 2], [IGNORED] * 3])
-    losses, weights = token_losses(torch.zeros(2, 3, 4), targets)
-    assert weights.tolist() == [2, 0]
-    torch.testing.assert_close(losses, torch.tensor([4.0, 1.0]).log() * 2)
+    losses = token_losses(torch.zeros(2, 3, 4), targets)
+    torch.testing.assert_close(losses, torch.tensor([[1.0, 0, 1.0], [0, 0, 0]]) * torch.tensor(4.0).log())
 
 
 # -- from files ---------------------------------------------------------------------------------------------------------
@@ -238,9 +239,11 @@ def test_examples_describe_the_published_models(name: str, parameters: int, monk
     paths = [unit.path for unit in plan.units]
     blocks = [path.removeprefix("model.visual.") for path in paths if "visual" in path]
     assert blocks[8:11] == ["blocks.8", "deepstack_merger_list.0", "blocks.9"]
-    assert paths[0] == "model.language_model.embed_tokens"
+    assert paths[paths.index("model.visual.merger") + 1] == "model.language_model.embed_tokens"
     assert paths[-1] == "lm_head"
     assert {info.name.split(".")[1] for info in plan.root.parameters} == {"visual", "language_model"}
+    for sizes in (ParallelSizes(cp=8), ParallelSizes(cp=64, cp_algo="ring"), ParallelSizes(tp=4, cp=8)):
+        assert not list(parallel_problems(network, plan, sizes))
     inputs = LanguageTask.example_batch(parts, batch_size=2, sequence_length=1024)
     assert inputs.arguments["pixel_values"].shape == (2 * 32 * 32, 3 * 2 * 16 * 16)
     assert inputs.arguments["image_grid_thw"].tolist() == [[1, 32, 32]] * 2

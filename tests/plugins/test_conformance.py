@@ -16,6 +16,7 @@ pytestmark = pytest.mark.timeout(300)
 test_core = conformance("mmzoo-core")
 test_haar = conformance("mmzoo-plugin-haar")
 test_wan22 = conformance("mmzoo-plugin-wan22")
+test_qwen3vl = conformance("mmzoo-plugin-qwen3vl")
 
 
 @pytest.mark.parametrize("distribution", ["mmzoo-plugin-haar", "mmzoo-plugin-wan22"])

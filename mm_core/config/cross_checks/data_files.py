@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mm_core.config.cross_checks.chats import check_chats
 from mm_core.config.document import Document, closest_path, expanded
 from mm_core.config.findings import Finding, Level, show
 from mm_core.config.origin import KeyPath
@@ -25,7 +26,8 @@ _LINES = 1000
 
 
 def check_data_files(document: Document, level: Level = "error") -> Iterator[Finding]:
-    """What `data_path` names must be a data list or an annotation file that training can read.
+    """What `data_path` names must be a data list or an annotation file that training can read; files of conversations are
+    `check_chats`'s.
 
     Looked at are the lines of the list with their folders, and the first items of annotation files, as long as these
     have no more than 8 MB together. A `data_path` that names no file is `check_path`'s.
@@ -34,6 +36,7 @@ def check_data_files(document: Document, level: Level = "error") -> Iterator[Fin
         document: the data file.
         level: of the findings. They point into the list and the annotation files.
     """
+    yield from check_chats(document, level)
     value = document.value(_DATA_PATH) if document.has(_DATA_PATH) else None
     mode = document.value(_MODE) if document.has(_MODE) else None
     if not isinstance(value, str) or mode not in (None, "standard", "combine"):

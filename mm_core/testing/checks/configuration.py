@@ -11,16 +11,21 @@ from mm_core.testing.case import Case
 from mm_core.testing.check import CheckFailed, CheckSkipped, check, require
 
 _STRANGER = "mm_conformance_unknown_key"
+_NETWORK = "transformers_model"
 _WITH_SECTION = ("predictor", "ae", "text_encoder", "diffusion", "dataset", "pipeline")
 
 
-@check("a section of its own example, or of defaults, is accepted", stage="light", roles=_WITH_SECTION)
+@check(
+    "a section of its own example, or of defaults, is accepted",
+    stage="light",
+    roles=(*_WITH_SECTION, _NETWORK),
+)
 def section_is_accepted(case: Case) -> None:
     """Read as `mm train` reads it, hooks included. Without an example, a component must do with its defaults."""
     _ = case.component
 
 
-@check("a key that it does not have is refused by name", stage="light", roles=_WITH_SECTION)
+@check("a key that it does not have is refused by name", stage="light", roles=(*_WITH_SECTION, _NETWORK))
 def config_refuses_unknown_keys(case: Case) -> None:
     """A misspelt key that is passed over would train another model than the one that was meant."""
     section = case.section
@@ -90,7 +95,7 @@ def config_defaults_validate(case: Case) -> None:
         raise CheckFailed(f"the default of {where} is refused: {first['msg']}") from error
 
 
-@check("a JSON schema can be made of its config class", stage="light", roles=_WITH_SECTION)
+@check("a JSON schema can be made of its config class", stage="light", roles=(*_WITH_SECTION, _NETWORK))
 def config_has_a_schema(case: Case) -> None:
     """Editors complete and check files by it."""
     cls = case.config_class
@@ -125,7 +130,9 @@ def fields_are_plain_data(case: Case) -> None:
     require(not differing, f"written out in full, its section means another {', '.join(differing)}")
 
 
-@check("its sharding policy is one, and its patterns can be read", stage="light", roles=("predictor",))
+@check(
+    "its sharding policy is one, and its patterns can be read", stage="light", roles=("predictor", _NETWORK)
+)
 def policy_is_one(case: Case) -> None:
     """A `ShardingPolicy`, or a function of the section's fields that returns one."""
     from mm_core.config.patterns import syntax_problem

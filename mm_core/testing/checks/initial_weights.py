@@ -18,9 +18,10 @@ else:
     torch, builds = LazyModule("torch"), LazyModule("mm_core.testing.builds")
 
 PREDICTOR = ("predictor",)
+TRAINED = ("predictor", "transformers_model")
 
 
-@check("on the meta device no parameter is allocated", stage="build", roles=PREDICTOR)
+@check("on the meta device no parameter is allocated", stage="build", roles=TRAINED)
 def builds_on_meta(case: Case) -> None:
     module = builds.as_module(builds.build(case, "meta"))
     real = [name for name, parameter in module.named_parameters() if not parameter.is_meta]
@@ -31,7 +32,7 @@ def builds_on_meta(case: Case) -> None:
         )
 
 
-@check("the constructor opens no file of weights and no connection", stage="build", roles=PREDICTOR)
+@check("the constructor opens no file of weights and no connection", stage="build", roles=TRAINED)
 def build_reads_no_weights(case: Case) -> None:
     from mm_core.testing.watch import watch_files
 
@@ -42,7 +43,7 @@ def build_reads_no_weights(case: Case) -> None:
         raise CheckFailed(f"building it {opened[0]}; weights are loaded after sharding, by the core")
 
 
-@check("names, shapes and dtypes are the same on meta and on the CPU", stage="build", roles=PREDICTOR)
+@check("names, shapes and dtypes are the same on meta and on the CPU", stage="build", roles=TRAINED)
 def meta_and_cpu_have_the_same_tensors(case: Case) -> None:
     described = []
     for device in ("meta", "cpu"):
@@ -55,7 +56,7 @@ def meta_and_cpu_have_the_same_tensors(case: Case) -> None:
             raise CheckFailed(f"{name} is {on_meta} on meta and {on_cpu} on the CPU")
 
 
-@check("after a build on meta every value is filled and finite", stage="build", roles=PREDICTOR)
+@check("after a build on meta every value is filled and finite", stage="build", roles=TRAINED)
 def first_values_are_complete(case: Case) -> None:
     module = builds.trainable(case)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -66,7 +67,7 @@ def first_values_are_complete(case: Case) -> None:
 
 
 @check("its state is in parameters, buffers and submodules, not in plain attributes",
-       stage="build", roles=PREDICTOR)  # fmt: skip
+       stage="build", roles=TRAINED)  # fmt: skip
 def state_is_registered(case: Case) -> None:
     """What is not registered is neither sharded nor filled nor stored, and stays on the meta device."""
     module = builds.trainable(case)
@@ -91,7 +92,7 @@ def state_is_registered(case: Case) -> None:
 
 
 @check("first values depend on the seed alone, and take nothing from the global generator",
-       stage="build", roles=PREDICTOR)  # fmt: skip
+       stage="build", roles=TRAINED)  # fmt: skip
 def first_values_are_keyed(case: Case) -> None:
     states = []
     for global_seed, seed in ((1, 0), (2, 0), (3, 1)):
@@ -104,7 +105,7 @@ def first_values_are_keyed(case: Case) -> None:
         raise CheckFailed("another seed gives the same first values")
 
 
-@check("first values after meta have the constructor's distribution", stage="build", roles=PREDICTOR)
+@check("first values after meta have the constructor's distribution", stage="build", roles=TRAINED)
 def first_values_are_the_constructors(case: Case) -> None:
     module, direct = builds.trainable(case), builds.as_module(builds.build(case))
     expected = dict(direct.named_parameters())
@@ -125,7 +126,7 @@ def first_values_are_the_constructors(case: Case) -> None:
                 )
 
 
-@check("buffers after a build on meta are those of a build on the CPU", stage="build", roles=PREDICTOR)
+@check("buffers after a build on meta are those of a build on the CPU", stage="build", roles=TRAINED)
 def buffers_survive_meta(case: Case) -> None:
     found = dict(builds.trainable(case).named_buffers())
     for name, buffer in builds.as_module(builds.build(case)).named_buffers():
@@ -139,7 +140,7 @@ def buffers_survive_meta(case: Case) -> None:
 
 
 @check("a Hugging Face folder written by the core is read back, and computes the same",
-       stage="build", roles=PREDICTOR)  # fmt: skip
+       stage="build", roles=TRAINED)  # fmt: skip
 def weights_folder_round_trip(case: Case) -> None:
     from mm_core.weights import load_hf_folder, save_hf_folder
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
     torch, builds = LazyModule("torch"), LazyModule("mm_core.testing.builds")
 
-MODULES = ("predictor", "ae", "text_encoder")
+MODULES = ("predictor", "ae", "text_encoder", "transformers_model")
 FROZEN = ("ae", "text_encoder")
 
 
@@ -65,7 +65,11 @@ def no_tensor_is_shared_by_accident(case: Case) -> None:
         )
 
 
-@check("train() and eval() reach every part and return the module", stage="build", roles=("predictor",))
+@check(
+    "train() and eval() reach every part and return the module",
+    stage="build",
+    roles=("predictor", "transformers_model"),
+)
 def train_and_eval_reach_every_part(case: Case) -> None:
     module = builds.as_module(builds.build(case))
     for mode in (False, True):

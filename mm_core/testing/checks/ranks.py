@@ -22,6 +22,7 @@ else:
     builds, sharded = LazyModule("mm_core.testing.builds"), LazyModule("mm_core.testing.sharded")
 
 PREDICTOR = ("predictor",)
+TRAINED = ("predictor", "transformers_model")
 Losses = tuple[list[float], dict[str, Any]]
 
 
@@ -32,7 +33,7 @@ def _one_process(case: Case) -> Any:
     return case.plugin.once(f"one process {case.subject}", compute)
 
 
-@check("with recompute the losses and gradients are the same", stage="ranks", roles=PREDICTOR)
+@check("with recompute the losses and gradients are the same", stage="ranks", roles=TRAINED)
 def recompute_is_exact(case: Case) -> None:
     def compare() -> tuple[float, float, int]:
         plain = sharded.build(case, recompute=())
@@ -60,7 +61,7 @@ def recompute_is_exact(case: Case) -> None:
         )
 
 
-@check("two ranks with FSDP2 give the loss and gradients of one process", stage="ranks", roles=PREDICTOR)
+@check("two ranks with FSDP2 give the loss and gradients of one process", stage="ranks", roles=TRAINED)
 def two_ranks_equal_one(case: Case) -> None:
     reference = _one_process(case)
     found = sharded.on_ranks(2, lambda: sharded.loss_and_gradients(case))[0]
@@ -84,9 +85,7 @@ def shared_sequences_equal_one(case: Case) -> None:
     sharded.must_agree(found, reference, 1e-4, "two ranks that share each sequence (context)")
 
 
-@check(
-    "bf16 mixed precision on two ranks stays near fp32, with fp32 gradients", stage="ranks", roles=PREDICTOR
-)
+@check("bf16 mixed precision on two ranks stays near fp32, with fp32 gradients", stage="ranks", roles=TRAINED)
 def mixed_precision_works(case: Case) -> None:
     reference = _one_process(case)
     found = sharded.on_ranks(
@@ -95,7 +94,7 @@ def mixed_precision_works(case: Case) -> None:
     sharded.must_agree(found, reference, 0.2, "bf16 mixed precision (param_dtype of fsdp2.yaml)")
 
 
-@check("first values are the same on one rank and on two", stage="ranks", roles=PREDICTOR)
+@check("first values are the same on one rank and on two", stage="ranks", roles=TRAINED)
 def first_values_do_not_depend_on_ranks(case: Case) -> None:
     one = sharded.on_ranks(1, lambda: sharded.whole_parameters(sharded.build(case)))[0]
     two = sharded.on_ranks(2, lambda: sharded.whole_parameters(sharded.build(case)))[0]
@@ -107,9 +106,7 @@ def first_values_do_not_depend_on_ranks(case: Case) -> None:
         )
 
 
-@check(
-    "a run that is saved and resumed goes on bit by bit as one that was not", stage="ranks", roles=PREDICTOR
-)
+@check("a run that is saved and resumed goes on bit by bit as one that was not", stage="ranks", roles=TRAINED)
 def resume_is_bit_equal(case: Case) -> None:
     """In two processes of one rank each: what is in a checkpoint does not depend on the number of ranks."""
     from mm_core.weights import load_checkpoint, resolve_load, save_checkpoint

@@ -17,6 +17,7 @@ else:
     torch, builds = LazyModule("torch"), LazyModule("mm_core.testing.builds")
 
 PREDICTOR = ("predictor",)
+TRAINED = ("predictor", "transformers_model")
 PREFIX = "predictor"
 ALIGNED = "(aligned)"  # of mm_core.sharding.plan, which imports torch
 
@@ -45,7 +46,7 @@ def plan_of(case: Case, module: torch.nn.Module, **fsdp2: Any) -> ShardingPlan:
 
 
 @check("the sharding policy makes a plan: each pattern matches a module that can be a unit",
-       stage="build", roles=PREDICTOR)  # fmt: skip
+       stage="build", roles=TRAINED)  # fmt: skip
 def policy_makes_a_plan(case: Case) -> None:
     if case.policy_spec is None:
         raise CheckSkipped("the component registers no sharding policy; blocks are found by structure")
@@ -63,7 +64,7 @@ def policy_makes_a_plan(case: Case) -> None:
             raise CheckFailed(problem.removesuffix("."))
 
 
-@check("each parameter is in exactly one unit, or in the root, or ignored", stage="build", roles=PREDICTOR)
+@check("each parameter is in exactly one unit, or in the root, or ignored", stage="build", roles=TRAINED)
 def policy_covers_each_parameter_once(case: Case) -> None:
     module = builds.as_module(builds.build(case, "meta"))
     plan = plan_of(case, module)  # which is checked for it
@@ -74,7 +75,7 @@ def policy_covers_each_parameter_once(case: Case) -> None:
 @check(
     "experts, the aligned group and offloaded modules of the policy fit the model",
     stage="build",
-    roles=PREDICTOR,
+    roles=TRAINED,
 )
 def policy_fits_with_all_of_it(case: Case) -> None:
     """With `expert_parallel_size` above 1 and `align_fsdp_param_groups: true`, which are off by default."""
@@ -103,7 +104,7 @@ def _divisor_of_experts(policy: ShardingPolicy, module: torch.nn.Module) -> int:
 
 
 @check("there are FSDP units besides the root, and none holds most of the model alone",
-       stage="build", roles=PREDICTOR)  # fmt: skip
+       stage="build", roles=TRAINED)  # fmt: skip
 def units_are_worth_it(case: Case) -> None:
     """A rank gathers one unit at a time: a model in one unit needs the memory of all of it on every rank."""
     module = builds.as_module(builds.build(case, "meta"))
@@ -121,11 +122,16 @@ def units_are_worth_it(case: Case) -> None:
         )
 
 
-@check("units run in the order in which the policy lists them", stage="build", roles=PREDICTOR)
+@check("units run in the order in which the policy lists them", stage="build", roles=TRAINED)
 def units_run_in_order(case: Case) -> None:
     """Prefetching follows that order, and a unit that is never called itself stays in shards."""
+    from mm_core.sharding.joint_vision import join_vision_calls
+
     module = builds.lively(case)
     plan = plan_of(case, module)
+    for path in plan.joint_vision:
+        seen: Any = module.get_submodule(path)
+        join_vision_calls(seen, seen.forward, path)
     order = [unit.path for unit in plan.units if unit.path != ALIGNED]
     if not order:
         raise CheckSkipped("there are no units")
@@ -170,7 +176,7 @@ def _named_modules(case: Case, module: torch.nn.Module) -> set[str]:
         raise CheckFailed(str(error)) from error
 
 
-@check("each alias of the policy names a module that is there", stage="build", roles=PREDICTOR)
+@check("each alias of the policy names a module that is there", stage="build", roles=TRAINED)
 def aliases_name_modules(case: Case) -> None:
     from mm_core.sharding.patterns import ModulePaths
     from mm_registry.errors import UserError

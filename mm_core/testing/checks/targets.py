@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mm_core.config.dataset_huggingface import ProcessorParameters
 from mm_core.testing.case import Case
 from mm_core.testing.check import CheckCrashed, CheckFailed, CheckSkipped, check, require
 from mm_core.testing.spawned import resolved_in_a_worker
@@ -25,6 +26,11 @@ _CALLS: Mapping[str, Mapping[str, tuple[int, tuple[str, ...]]]] = {
         "sample": (4, ("uncond_kwargs", "guidance", "steps", "generator", "progress")),
     },
     "pipeline": {"__call__": (2, ("seed", "indices", "steps", "guidance_scale", "negative_prompt"))},
+    "chat_template": {
+        "render": (2, ("tools", "add_generation_prompt", "enable_thinking")),
+        "encode": (4, ()),
+        "length": (4, ()),
+    },
     "task": {"prepare": (2, ()), "forward": (3, ()), "loss": (3, ()), "tokens": (2, ())},
     "callback": {
         "on_train_start": (2, ()),
@@ -90,6 +96,10 @@ def constructor_takes_its_section(case: Case) -> None:
         given, fields = (_X, _X), {"device": _X, **fields}
     elif case.role == "task":
         given, fields = (_X,), {"seed": 0, "device": _X, **fields}
+    elif case.role == "chat_template":
+        given = (_X,)  # the folder
+        fields = dict.fromkeys(ProcessorParameters.model_fields)
+        del fields["model_name_or_path"]
     elif case.role == "dataset" and "seed" in _parameters(case.target):
         fields = {"seed": 0, **fields}
     elif case.role in ("transformers_model", "i2v_processor"):

@@ -13,34 +13,64 @@ from mm_core.config.component import ComponentConfig
 from mm_core.config.document import expanded
 from mm_core.config.latents import read_hf_config
 from mm_core.config.transformers_model import TransformersFamilyConfig
+from mm_core.models.packed_attention import (
+    KEYWORD,
+    PackedDocuments,
+    check_used,
+    ends_of,
+    keeps_documents_apart,
+    refuse_padding_before,
+)
 from mm_core.models.transformers_model import NETWORK, TransformersModel
 from mm_core.sharding.context import context_of
+from mm_core.training.losses.head import LossHead, Wanted
+from mm_core.training.losses.weights import IGNORED, next_tokens, sums_of, token_weights
 from mm_core.training.tasks.base import LossParts
+from mm_core.training.tasks.packed import owners_of, packed_positions
 from mm_core.training.tasks.router_loss import router_losses
 from mm_registry.errors import UserError
 
-IGNORED = -100
-"""Label of a token that is not learnt, as in transformers."""
-_NOT_OF_NETWORK = ("labels", "sample_index")
+__all__ = ["IGNORED", "LanguageInputs", "LanguageTask", "next_tokens", "token_losses"]
+
+_NOT_OF_NETWORK = ("labels", "sample_index", "document_ids")
 
 
 @dataclass(frozen=True)
 class LanguageInputs:
-    """One prepared micro batch. `arguments` are those of the network's forward, `input_ids` `[B, S]` among them."""
+    """One prepared micro batch. `arguments` are those of the network's forward, `input_ids` `[B, S]` among them.
+
+    Attributes:
+        targets: `[B, S]`: the token that follows each one, `IGNORED` where none is learnt.
+        weights: of each token's loss, `[B, S]` fp32, 0 where none is learnt.
+        count: number of samples, or of packed documents.
+        owners: of which of these each token is, `[B, S]`, from 0 to `count - 1`; None: each row is a sample.
+        documents: of packed rows.
+        mask: 0 where a packed row is padded, `[B, S]`.
+        rows: places in the flattened tokens that are learnt, `[T]`; None: it is not known.
+    """
 
     arguments: dict[str, Any]
-    targets: torch.Tensor  # [B, S]: the token that follows each one, IGNORED where none is learnt
+    targets: torch.Tensor
+    weights: torch.Tensor
+    count: int
+    owners: torch.Tensor | None = None
+    documents: PackedDocuments | None = None
+    mask: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
 
 class LanguageTask:
-    """Causal language modelling: the mean cross entropy over every learnt token of the global batch.
+    """Causal language modelling: cross entropies of the learnt tokens of the global batch, as `loss_cfg` weighs them.
 
     A batch has `input_ids` and `labels`, `[B, S]`, and whatever else the network's forward takes: `attention_mask`,
     `position_ids`, `pixel_values`, `image_grid_thw`, `mm_token_type_ids`. `labels` are the ids themselves, with -100 where a
-    token is not learnt; the shift by one is made here.
+    token is not learnt; the shift by one is made here. Rows that hold several documents come with `document_ids` `[B, S]`
+    (see `mm_core.models.packed_attention.ends_of`): each is then as if it had a row of its own, in its positions, in
+    attention, and in the loss.
 
-    With `router_aux_loss_coef` the loss for balanced experts is added, taken sample by sample and weighted by the sample's
-    learnt tokens (see `router_losses`), so that it does not depend on micro batches and ranks either.
+    Sums and weights are those of each sample, or packed document, and add up over micro batches and ranks (see
+    `mm_core.training.losses.weights.token_weights`). With `router_aux_loss_coef` the loss for balanced experts is added, taken
+    sample by sample and weighted as the sample is (see `router_losses`).
 
     Args:
         model: the network.
@@ -48,13 +78,16 @@ class LanguageTask:
         device: where inputs are put.
 
     Raises:
-        UserError: experts are to be balanced, and the network has none.
+        UserError: experts are to be balanced, and the network has none; or its head cannot compute losses by chunks.
     """
 
     def __init__(self, model: TransformersModel, *, seed: int, device: torch.device) -> None:
         self.model = model
         self.seed = seed
         self.device = device
+        self.loss_type = model.loss.loss_type
+        chunked = model.loss.compute_mode != "default"
+        self.head = LossHead(model.model, model.loss) if chunked else None
         self.router_aux_loss_coef = model.router_aux_loss_coef
         text = model.model.config.get_text_config()
         self.top_k: int = getattr(text, "num_experts_per_tok", 0)
@@ -66,13 +99,37 @@ class LanguageTask:
 
     def prepare(self, micro_batches: Iterable[dict[str, Any]]) -> Iterator[LanguageInputs]:
         for batch in micro_batches:
-            arguments = {
-                name: value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for name, value in batch.items()
-                if name not in _NOT_OF_NETWORK
-            }
-            labels = batch["labels"].to(self.device, non_blocking=True)
-            yield LanguageInputs(arguments, next_tokens(labels))
+            yield self._prepared(batch)
+
+    def _prepared(self, batch: dict[str, Any]) -> LanguageInputs:
+        """Everything that looks at values does so here, where they are on the CPU: nothing waits for the device."""
+        labels, ids = batch["labels"], batch.get("document_ids")
+        arguments = {name: value for name, value in batch.items() if name not in _NOT_OF_NETWORK}
+        documents = mask = None
+        if ids is None:
+            owners, count = None, len(labels)
+            if "attention_mask" in batch:
+                refuse_padding_before(batch["attention_mask"], self.model.model)
+        else:
+            ends = ends_of(ids)
+            owners, count = owners_of(ends, ids.shape[1]), sum(map(len, ends))
+            network, mask = self.model.model, ids >= 0
+            arguments.pop("attention_mask", None)
+            arguments["position_ids"] = packed_positions(network, batch, ends)
+            if keeps_documents_apart(network):
+                documents = PackedDocuments(ends, ids.shape[1], self.device)
+        targets = next_tokens(labels, ids)
+        rows_as_samples = torch.arange(len(labels))[:, None].expand_as(labels)
+        weights = token_weights(targets, rows_as_samples if owners is None else owners, count, self.loss_type)
+        rows = None
+        if self.head is not None and context_of(self.model.model) is None:
+            rows = (targets != IGNORED).flatten().nonzero()[:, 0]
+        arguments = {name: self._moved(value) for name, value in arguments.items()}
+        targets, weights, owners, mask, rows = map(self._moved, (targets, weights, owners, mask, rows))
+        return LanguageInputs(arguments, targets, weights, count, owners, documents, mask, rows)
+
+    def _moved(self, value: Any) -> Any:
+        return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
     def forward(self, model: torch.nn.Module, inputs: LanguageInputs) -> Any:
         network: Any = model.model
@@ -80,22 +137,57 @@ class LanguageTask:
         options: dict[str, Any] = {"use_cache": False}
         if self.router_aux_loss_coef:
             options["output_router_logits"] = True
-        return network(**inputs.arguments, **options)  # logits [B, S, V]
+        if inputs.documents is not None:
+            options[KEYWORD] = inputs.documents
+        if self.head is None:
+            outputs = network(**inputs.arguments, **options)  # logits [B, S, V]
+        else:
+            self.head.check()
+            self.head.wanted = Wanted(
+                inputs.targets,
+                inputs.weights,
+                inputs.owners,
+                inputs.count,
+                inputs.rows,
+                context_of(self.model.model),
+            )
+            try:
+                outputs = network(**inputs.arguments, **options)  # in place of logits, losses [count]
+            finally:
+                self.head.wanted = None
+        if inputs.documents is not None:
+            check_used(inputs.documents, self.model.model)
+        return outputs
 
     def loss(self, outputs: Any, inputs: LanguageInputs) -> LossParts:
         # Ranks that share a sequence have the logits of their own tokens.
         context = context_of(self.model.model)
-        targets = inputs.targets if context is None else context.split(inputs.targets)
-        losses, weights = token_losses(outputs.logits, targets)
-        if not self.router_aux_loss_coef:
-            return losses, weights, {}
-        mask = inputs.arguments.get("attention_mask")
-        mask = torch.ones_like(inputs.targets) if mask is None else mask
-        group = None
-        if context is not None:
-            mask, group = context.split(mask), context.group
-        # Of whole samples; ranks that share one have parts, which add up.
-        learnt = (inputs.targets != IGNORED).sum(1)
+        targets, weights, owners = (
+            one if one is None or context is None else context.split(one)
+            for one in (inputs.targets, inputs.weights, inputs.owners)
+        )
+        sums = outputs.logits  # of the head that computes losses
+        if self.head is None:
+            sums = sums_of(token_losses(sums, targets) * weights, owners, inputs.count)
+        totals = sums_of(weights, owners, inputs.count)
+        balance = None
+        if self.router_aux_loss_coef:
+            # Of whole samples; ranks that share one have parts, which add up.
+            whole = sums_of(inputs.weights, inputs.owners, inputs.count)
+            balance = self._balance(outputs, inputs, owners) * whole  # [count]
+        if len(sums) != inputs.count:  # their sum
+            totals = totals.sum(0, keepdim=True)
+            balance = None if balance is None else balance.sum(0, keepdim=True)
+        if balance is None:
+            return sums, totals, {}
+        return (
+            sums + self.router_aux_loss_coef * balance,
+            totals,
+            {"router_aux_loss": balance.detach().sum(), "token_loss": sums.detach().sum()},
+        )
+
+    def _balance(self, outputs: Any, inputs: LanguageInputs, owners: torch.Tensor | None) -> torch.Tensor:
+        """The loss for balanced experts of each sample, `[count]`; `owners` are this rank's."""
         logits = outputs.router_logits
         if outputs.logits.requires_grad and not any(layer.requires_grad for layer in logits):
             # The older form of recomputation computes them without a graph, and the loss would be one in the log alone.
@@ -103,12 +195,12 @@ class LanguageTask:
                 f"loss_cfg.router_aux_loss_coef is {self.router_aux_loss_coef:g}, but the routers get no gradient from it; "
                 "write use_reentrant: false in fsdp2.yaml, or 0 if no router is trained"
             )
-        balance = router_losses(logits, self.top_k, mask, group) * learnt  # [B]
-        return (
-            losses + self.router_aux_loss_coef * balance,
-            weights,
-            {"router_aux_loss": balance.detach().sum(), "token_loss": losses.detach().sum()},
-        )
+        mask = inputs.arguments.get("attention_mask") if inputs.mask is None else inputs.mask
+        mask = torch.ones_like(inputs.targets) if mask is None else mask
+        context = context_of(self.model.model)
+        if context is None:
+            return router_losses(logits, self.top_k, mask, None, owners, inputs.count)
+        return router_losses(logits, self.top_k, context.split(mask), context.group, owners, inputs.count)
 
     def tokens(self, inputs: LanguageInputs) -> int:
         return int(inputs.arguments["input_ids"].numel())
@@ -153,25 +245,18 @@ class LanguageTask:
                     "image_grid_thw": torch.tensor([images.grid] * batch_size, device="cpu"),
                     "mm_token_type_ids": kinds,
                 }
-        return LanguageInputs(arguments, next_tokens(ids))
+        targets = next_tokens(ids)
+        return LanguageInputs(arguments, targets, (targets != IGNORED).float(), batch_size)
 
 
-def next_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """What each place of `labels` `[B, S]` is to predict: the next one's label, nothing at the end."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the cross entropies of each sample's learnt tokens, in fp32, and how many they are.
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The cross entropy of each learnt token, `[B, S]` fp32; 0 for others.
 
     Args:
         logits: `[B, S, V]`.
         targets: `[B, S]`, `IGNORED` where nothing is learnt.
-
-    Returns:
-        `[B]` fp32 both.
     """
     losses = F.cross_entropy(
         logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(targets)
-    return losses.sum(1), (targets != IGNORED).sum(1).float()
+    )
+    return losses.view_as(targets)

@@ -13,8 +13,11 @@ def router_losses(
     top_k: int,
     mask: torch.Tensor,
     group: dist.ProcessGroup | None = None,
+    owners: torch.Tensor | None = None,
+    count: int | None = None,
 ) -> torch.Tensor:
-    """The load-balancing loss of each sample, `[B]` fp32: K if its tokens are dealt out evenly, up to E if not.
+    """The load-balancing loss of each sample, `[B]` fp32, or packed document, `[count]`: K if its tokens are dealt out
+    evenly, up to E if not.
 
     `E Σ_e f_e P_e`, where f_e is the share of the sample's tokens that choose expert e, and P_e the mean of its probability,
     both over the tokens of all layers: equations 4 to 6 of the Switch Transformer (Fedus et al., arXiv:2101.03961) as
@@ -31,19 +34,26 @@ def router_losses(
         mask: which tokens count, `[B, S]`; padding does not.
         group: of ranks that share each sequence (context parallelism), each with other tokens of it: returned are then
             parts that add up to the loss.
+        owners: of which document each token is, `[B, S]`, from 0 to `count - 1`; None: each row is a sample.
+        count: number of documents.
     """
     batch, length = mask.shape
-    counted = mask.to(logits[0].device, torch.float32)  # [B, S]
+    if owners is None:
+        owners = torch.arange(batch, device=mask.device)[:, None].expand(batch, length)
+    samples = batch if count is None else count
+    owner = owners.to(logits[0].device).reshape(-1)  # [B * S]
+    counted = mask.to(logits[0].device, torch.float32).reshape(-1)  # [B * S]
     experts = logits[0].shape[-1]
-    chosen = counted.new_zeros(batch, experts)
-    probability = counted.new_zeros(batch, experts)
+    chosen = counted.new_zeros(samples * experts)
+    probability = counted.new_zeros(samples, experts)
     for layer in logits:
-        probabilities = torch.softmax(layer.float(), -1).view(batch, length, experts)
-        index = probabilities.detach().topk(top_k, -1).indices  # [B, S, K]
-        weights = counted.unsqueeze(-1).expand_as(index)
-        chosen = chosen.scatter_add(1, index.reshape(batch, -1), weights.reshape(batch, -1))
-        probability = probability + torch.einsum("bse,bs->be", probabilities, counted)
-    rows = counted.sum(1, keepdim=True) * len(logits)  # [B, 1]
+        probabilities = torch.softmax(layer.float(), -1).view(-1, experts)  # [B * S, E]
+        index = probabilities.detach().topk(top_k, -1).indices + owner[:, None] * experts  # [B * S, K]
+        chosen = chosen.scatter_add(0, index.flatten(), counted[:, None].expand_as(index).flatten())
+        probability = probability.index_add(0, owner, probabilities * counted[:, None])
+    chosen = chosen.view(samples, experts)
+    tokens = counted.new_zeros(samples).index_add(0, owner, counted)
+    rows = tokens[:, None] * len(logits)  # [samples, 1]
     if group is not None:
         both = torch.cat([chosen, rows], 1)
         dist.all_reduce(both, group=group)

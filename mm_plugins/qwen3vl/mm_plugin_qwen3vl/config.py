@@ -8,13 +8,13 @@ Megatron's own checks, and builds nothing.
 import functools
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from mm_core.config.keys import Legacy, NoEffect, NotYet
+from mm_core.config.keys import Legacy, NoEffect
 from mm_core.config.origin import KeyPath
-from mm_core.config.section import SectionModel
+from mm_core.config.section import SectionModel, invalid
 from mm_core.config.transformers_model import ExampleImage, TransformersFamilyConfig
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -25,10 +25,11 @@ _SYNCHRONIZE = NoEffect("memory is reused between streams without waiting for th
 _RECOMPUTE = NoEffect("recomputation is chosen in fsdp2.yaml or by --recompute-granularity")
 
 AttentionImplementation = Annotated[
-    Literal["flash_attention_2", "flash_attention_3", "sdpa", "eager"] | None,
+    Literal["auto", "flash_attention_2", "flash_attention_3", "sdpa", "eager"] | None,
     Field(
-        description="transformers' name of the attention to use; default: `sdpa`, torch's own, which has fused kernels and "
-        "needs no package."
+        description="transformers' name of the attention to use. `auto`, and leaving it out: a package of FlashAttention "
+        "where one is installed that the device and param_dtype can use, else `sdpa`, torch's own, which needs no package "
+        "and has fused kernels too. The log says which."
     ),
 ]
 AttentionLayout = Annotated[
@@ -141,25 +142,38 @@ class TextDecoderConfig(SectionModel):
     ] = False
     activation_offload: Annotated[
         bool,
-        NotYet(
-            False,
-            reason="offload_activations in fsdp2.yaml names the modules, and this key does not reach it",
+        Field(
+            description="Move each layer's activations to host memory until backward: what offload_activations in "
+            "fsdp2.yaml does, which decides if it is written there."
         ),
-        Field(description="Move each layer's activations to host memory until backward."),
     ] = False
     synchronize_per_layer: SynchronizePerLayer = False
     synchronize: Synchronize = None
     use_npu_fused_moe: Annotated[
         bool,
-        NoEffect("the backend chooses the kernels of experts", quiet_for=(False,)),
-        Field(
-            description="Use Ascend's fused kernels for experts (MindSpeed-MM's code does by default, its examples do not)."
-        ),
+        NoEffect("a dense model has no experts", quiet_for=(False,)),
+        Field(description="Use fused kernels for experts."),
     ] = False
 
 
 class MoeTextDecoderConfig(TextDecoderConfig):
     """`text_decoder` of a mixture of experts."""
+
+    use_npu_fused_moe: Annotated[
+        bool,
+        Field(
+            description="true insists on the fused kernels of experts, `experts_implementation: grouped_mm`, on any device "
+            "(MindSpeed-MM's code does by default, its examples do not); false leaves the choice to that key."
+        ),
+    ] = False
+    experts_implementation: Annotated[
+        Literal["auto", "grouped_mm", "batched_mm", "eager"] | None,
+        Field(
+            description="transformers' name of the way to compute experts: in one grouped product, each token with a copy of "
+            "its experts' weights, or one after the other. `auto`, the default: `grouped_mm` where torch has it for the "
+            "device, else `eager`."
+        ),
+    ] = None
 
     num_moe_experts: Annotated[PositiveInt | None, _MEGATRON, Field(description="Experts of a layer.")] = None
     moe_router_topk: Annotated[
@@ -168,6 +182,13 @@ class MoeTextDecoderConfig(TextDecoderConfig):
     moe_ffn_hidden_size: Annotated[
         PositiveInt | None, _MEGATRON, Field(description="Width inside an expert.")
     ] = None
+
+    @model_validator(mode="after")
+    def _one_way_of_experts(self) -> Self:
+        way = self.experts_implementation
+        if self.use_npu_fused_moe and way not in (None, "auto", "grouped_mm"):
+            raise invalid("experts_implementation", f"is {way}, but use_npu_fused_moe insists on grouped_mm")
+        return self
 
 
 _VISION = ("image_encoder", "vision_encoder")
@@ -189,6 +210,8 @@ _SAME: Mapping[KeyPath, KeyPath] = {
 class _Qwen3VLConfig(TransformersFamilyConfig):
     """What both families say of the network."""
 
+    chat_template: ClassVar[str] = "qwen3_vl"
+
     def frozen_modules(self) -> tuple[str, ...]:
         """Return the parts that the three `freeze` keys name."""
         vision, text = _section(self, *_VISION), _section(self, *_TEXT)
@@ -207,7 +230,7 @@ class _Qwen3VLConfig(TransformersFamilyConfig):
             "vision_config": _section(self, *_VISION).attn_implementation,
             "text_config": _section(self, *_TEXT).attn_implementation,
         }
-        return {part: name for part, name in asked.items() if name is not None}
+        return {part: name for part, name in asked.items() if name not in (None, "auto")}
 
     def example_image(self, config: Mapping[str, Any], area: int, room: int) -> ExampleImage | None:
         """Return the sizes of a square image: sides of whole merged patches, as the processor makes them."""
@@ -253,3 +276,10 @@ class Qwen3VLMoeConfig(_Qwen3VLConfig):
 
     image_encoder: Annotated[ImageEncoderConfig, Field(description="The vision tower and its projector.")]
     text_decoder: Annotated[MoeTextDecoderConfig, Field(description="The language model.")]
+
+    def experts_implementation(self) -> str | None:
+        """Return what `use_npu_fused_moe` or `experts_implementation` asks for."""
+        text = self.text_decoder
+        if text.use_npu_fused_moe:
+            return "grouped_mm"
+        return None if text.experts_implementation == "auto" else text.experts_implementation

@@ -47,6 +47,7 @@ _FILES = {
     "ae/toy_vae": "autoencoder.py",
     "text_encoder/toy_text": "text_encoder.py",
     "diffusion/toy_flow": "scheduler.py",
+    "transformers_model/toy_net": "network.py",
 }
 
 
@@ -69,6 +70,10 @@ def text(check: str, says: str, *pairs: tuple[str, str]) -> Mutation:
 
 def flow(check: str, says: str, *pairs: tuple[str, str]) -> Mutation:
     return broken("diffusion/toy_flow", check, says, *pairs)
+
+
+def net(check: str, says: str, *pairs: tuple[str, str], file: str = "") -> Mutation:
+    return broken("transformers_model/toy_net", check, says, *pairs, file=file)
 
 
 def part(subject: str, check: str, says: str, *pairs: tuple[str, str]) -> Mutation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from defects import Mutation
 from mutations_modules import INITIAL_WEIGHTS, MODULES, PREDICTOR, RANKS, SHARDING
+from mutations_networks import NETWORKS
 from mutations_roles import AUTOENCODER, DIFFUSION, PARTS, TEXT_ENCODER
 
 MUTATIONS: tuple[Mutation, ...] = (
@@ -14,6 +15,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     *RANKS,
     *AUTOENCODER,
     *TEXT_ENCODER,
+    *NETWORKS,
     *DIFFUSION,
     *PARTS,
 )

@@ -78,7 +78,7 @@ def test_without_an_example_defaults_that_do_not_do_are_no_failure(tmp_path: Pat
     toy.replace("config.py", "width: Annotated[int, Field(ge=2, le=64, multiple_of=2)] = 8", "width: int")
     with installed(toy, tmp_path):
         report = check_plugin(DISTRIBUTION, only=["learns", "builds-on-meta"], in_process=True)
-    assert report.counts == {"skipped": 2}
+    assert report.counts == {"skipped": 3}  # one of the network
     assert all("its defaults do not do" in result.message for result in report.results)
 
 

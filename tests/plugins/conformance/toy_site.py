@@ -17,6 +17,8 @@ toy_vae = mm_plugin_toy.autoencoder:ToyVAE
 toy_text = mm_plugin_toy.text_encoder:ToyText
 [mm_core.diffusion_models]
 toy_flow = mm_plugin_toy.scheduler:ToyFlow
+[mm_core.transformers_models]
+toy_net = mm_plugin_toy.network:ToyNet
 [mm_core.datasets]
 toy_clips = mm_plugin_toy.parts:ToyClips
 [mm_core.tasks]
@@ -30,10 +32,12 @@ predictor/toy_dit = mm_plugin_toy.config:ToyDiTConfig
 ae/toy_vae = mm_plugin_toy.config:ToyVAEConfig
 text_encoder/toy_text = mm_plugin_toy.config:ToyTextConfig
 diffusion/toy_flow = mm_plugin_toy.config:ToyFlowConfig
+transformers_model/toy_net = mm_plugin_toy.config:ToyNetSectionConfig
 dataset/toy_clips = mm_plugin_toy.config:ToyClipsConfig
 pipeline/toy_pipeline = mm_plugin_toy.config:ToyPipelineConfig
 [mm_core.sharding_policies]
 predictor/toy_dit = mm_plugin_toy.policy:TOY_DIT
+transformers_model/toy_net = mm_plugin_toy.network_policy:TOY_NET
 [mm_core.weights]
 predictor/toy_dit = mm_plugin_toy.weights:ADAPTER
 [mm_core.hooks]
@@ -43,6 +47,7 @@ predictor/toy_dit = mm_plugin_toy.examples:TOY_DIT
 ae/toy_vae = mm_plugin_toy.examples:TOY_VAE
 text_encoder/toy_text = mm_plugin_toy.examples:TOY_TEXT
 diffusion/toy_flow = mm_plugin_toy.examples:TOY_FLOW
+transformers_model/toy_net = mm_plugin_toy.examples:TOY_NET
 dataset/toy_clips = mm_plugin_toy.examples:TOY_CLIPS
 pipeline/toy_pipeline = mm_plugin_toy.examples:TOY_PIPELINE
 """

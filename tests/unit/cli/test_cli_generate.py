@@ -154,7 +154,10 @@ def test_flags_of_a_classic_inference_script(received: dict[str, Any], tmp_path:
             "--context-parallel-size 4",
             "--context-parallel-size: 4: only 1 is accepted: videos are made by one process",
         ),
-        ("--lora-target-modules q", '--lora-target-modules: ["q"]: LoRA is not available yet'),
+        (
+            "--lora-target-modules q",
+            '--lora-target-modules: ["q"]: adapters are not added to a network while videos are made',
+        ),
         ("--nproc-per-node 8", "--nproc-per-node: 8: only 1 is accepted: videos are made by one process"),
         ("--hidden-size many", '--hidden-size: "many", expected a whole number'),
         ("--global-batch-size", "--global-batch-size: a value is missing. Write --global-batch-size N"),

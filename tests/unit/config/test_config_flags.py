@@ -116,9 +116,7 @@ def test_golden_messages(line: str, message: str) -> None:
 
 
 NOT_YET = [
-    ("--lora-target-modules q k,v", '["q", "k", "v"]', "LoRA is not available yet"),
     ("--optimizer muon", '"muon"', "AdamW is the only optimizer so far"),
-    ("--calculate-per-token-loss", "true", "the loss is the mean over every learnt token of the global batch"),
 ]  # fmt: skip
 
 
@@ -135,14 +133,12 @@ def test_what_is_right_and_not_available_yet_is_a_warning_that_stops_a_job(
         load_training_job(parse_train_flags(line.split()))
 
 
-def test_the_small_change_of_lora_is_one_finding() -> None:
+def test_the_flags_of_lora_scripts_are_taken() -> None:
     line = "--lora-r 32 --lora-alpha 32 --lora-target-modules proj_q,ffn.0 --lora-register-forward-hook patch_embedding"
-    found = parse_train_flags(line.split()).findings
-    assert sorted((finding.level, finding.path) for finding in found) == [
-        ("note", "--lora-alpha"),
-        ("note", "--lora-r"),
-        ("note", "--lora-register-forward-hook"),
-        ("warning", "--lora-target-modules"),
+    flags = parse_train_flags(line.split())
+    assert (flags.lora_r, flags.lora_alpha, flags.lora_target_modules) == (32, 32.0, ["proj_q", "ffn.0"])
+    assert [(finding.level, finding.path) for finding in flags.findings] == [
+        ("note", "--lora-register-forward-hook")
     ]
 
 

@@ -106,10 +106,6 @@ BAD: list[tuple[str, Spoil, str, str]] = [
      '"muon_optimizer": ^true',
      '"muon_optimizer" is true: the Muon optimizer is not available yet; this version '
      "cannot run it. Available: false"),
-    ("lora", lambda f: f.model.update(lora_apply_modules=["q"]),
-     '"lora_apply_modules": ^[',
-     '"lora_apply_modules" is ["q"]: LoRA is not available yet, and every weight of the predictor would be trained; '
-     "this version cannot run it. It runs without the key"),
     ("no weights", lambda f: f.model["ae"].pop("from_pretrained"),
      '^"ae": {',
      'ae (wan_video_vae) has no weights. Give "from_pretrained" (a folder), or "init": "random" '

@@ -46,14 +46,14 @@ ALLOWED: dict[str, set[str]] = {
     # Prompts, names of columns and of what others define, and paths of files that are still to be written.
     "long_text": {
         "$schema", "assistant_tag", "autotokenizer_name", "content_tag", "dataset", "function_tag", "images",
-        "messages", "model_name", "observation_tag", "prompt", "role_tag", "save_path", "system_tag", "template",
-        "tool_format", "user_tag", "videos",
+        "messages", "model_name", "observation_tag", "prompt", "role_tag", "save_path", "system_tag", "tool_format",
+        "user_tag", "videos",
     },
     "unknown_word": {
-        "$schema", "assistant_tag", "autotokenizer_name", "content_tag", "dataset", "dataset_dir", "function_tag",
-        "images", "messages", "model_name", "model_name_or_path", "observation_tag", "prompt", "role_tag", "save",
+        "$schema", "assistant_tag", "autotokenizer_name", "cache_dir", "content_tag", "dataset", "dataset_dir",
+        "function_tag", "images", "messages", "model_name", "model_name_or_path", "observation_tag", "prompt", "role_tag", "save",
         "save_path",
-        "system_tag", "template", "tool_format", "user_tag", "videos",
+        "system_tag", "tool_format", "user_tag", "videos",
     },
     # Any number has a meaning here, or the library that takes it does not say which have none.
     "out_of_range": {"beta_end", "beta_start", "dynamic_thresholding_ratio", "mean", "std", "steps_offset"},

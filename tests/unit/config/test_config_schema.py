@@ -47,7 +47,8 @@ def example_files() -> Iterator[Path]:
             document = read_document(path)
         except ConfigError:  # a list of clips
             continue
-        if path.parent.name != "tokenizer" and detect_kind(document) in _KINDS:
+        # Folders as the hub has them, of a tokenizer or of a whole model, are no configuration of ours.
+        if path.parent.name not in ("tokenizer", "model") and detect_kind(document) in _KINDS:
             yield path
 
 

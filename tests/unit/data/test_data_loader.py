@@ -92,10 +92,20 @@ def test_ranks_and_micro_batches_change_nothing(varied: T2VDataset) -> None:
     assert same(whole, [batch for pair in zip(*ranks, strict=True) for batch in pair])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_stream_goes_on_exactly(varied: T2VDataset, workers: int) -> None:
-    whole = take(varied, 10)
-    assert same(whole[6:], take(varied, 4, consumed_samples=12, num_workers=workers))
+@pytest.mark.parametrize(
+    ("workers", "sampler"), [(0, {"sampler_type": "BaseRandomBatchSampler", "drop_last": True}), (2, {})]
+)
+def test_a_resumed_stream_goes_on_exactly(varied: T2VDataset, workers: int, sampler: Fields) -> None:
+    """In the middle of an epoch, in the middle of a batch that two epochs share, and on other ranks than before."""
+    whole = take(varied, 10, loader=sampler)
+    assert same(whole, take(varied, 10))  # a random sampler shuffles, and no sample is left out
+    assert same(whole[6:], take(varied, 4, loader=sampler, consumed_samples=12, num_workers=workers))
+    ranks = [
+        take(varied, 4, loader=sampler, consumed_samples=4, dp_rank=rank, dp_size=2, micro_batch_size=1)
+        for rank in range(2)
+    ]
+    pairs = [batch for pair in zip(*ranks, strict=True) for batch in pair]
+    assert same(whole[2:6], pairs)
 
 
 def test_the_stream_has_no_end_and_every_epoch_all_samples(varied: T2VDataset) -> None:

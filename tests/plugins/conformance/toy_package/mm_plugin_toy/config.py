@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from mm_core.config.origin import KeyPath
 from mm_core.config.section import SectionModel
+from mm_core.config.transformers_model import TransformersFamilyConfig
 
 Size = Annotated[int, Field(ge=1, le=64)]
 
@@ -40,6 +43,20 @@ class ToyFlowConfig(SectionModel):
 
 class ToyClipsConfig(SectionModel):
     samples: Size = 4
+
+
+class ToyNetSectionConfig(TransformersFamilyConfig):
+    hf_model_type: ClassVar[str] = "toy_net"
+    hf_config_keys: ClassVar[Mapping[KeyPath, KeyPath]] = {("layers",): ("num_layers",)}
+
+    layers: Size = 2
+    freeze_embedding: bool = False
+
+    def frozen_modules(self) -> tuple[str, ...]:
+        return ("embed",) if self.freeze_embedding else ()
+
+    def attention_implementations(self) -> dict[str, str]:
+        return {"": "sdpa"}
 
 
 class ToyPipelineConfig(SectionModel):

@@ -6,3 +6,7 @@ TOY_TEXT = Example({"init": "random"}, tokens=5)
 TOY_FLOW = Example()
 TOY_CLIPS = Example()
 TOY_PIPELINE = Example({"input_size": [3, 4, 4]})
+TOY_NET = Example(
+    {"freeze_embedding": True},
+    config={"model_type": "toy_net", "vocab_size": 32, "width": 12, "num_layers": 2},
+)

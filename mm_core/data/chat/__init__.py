@@ -1,0 +1,1 @@
+"""Conversations for language and vision-language models: files, chat templates, labels, batches."""
