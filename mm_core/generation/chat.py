@@ -144,10 +144,10 @@ class Chat:
         }
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         streamer = None if on_text is None else _Streamer(self.template.tokenizer, on_text)
-        devices = [] if self.device.type == "cpu" else [self.device]
-        kind = self.device.type if devices else "cuda"
+        cpu = self.device.type == "cpu"
+        forked: Any = {"devices": []} if cpu else {"devices": [self.device], "device_type": self.device.type}
         # transformers draws from torch's global generators, which are given back as they were.
-        with torch.inference_mode(), torch.random.fork_rng(devices=devices, device_type=kind):
+        with torch.inference_mode(), torch.random.fork_rng(**forked):
             torch.manual_seed(keyed_seed(seed, "reply", index))
             output = self.network.generate(**inputs, generation_config=settings, streamer=streamer)
         new = output[0, len(ids) :].tolist()

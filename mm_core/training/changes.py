@@ -35,12 +35,17 @@ PACKAGES = (
 _OWN = ("mmzoo-core", "mmzoo-registry")
 _ABSENT = object()
 
-#: Flags that are compared: of the batch and the optimizer. The schedule is compared as a whole.
-_FLAGS = frozenset(
-    {"global_batch_size", *table.OptimizerFlags.model_fields}
-    | {"lora_target_modules", "lora_target_parameters", "lora_r", "lora_alpha", "lora_dropout"}
-    - {"lr", "min_lr", "optimizer_selection"}  # of the schedule; and which of torch's AdamW computes it
+#: Of the schedule, which is compared as a whole; and which of torch's AdamW computes it.
+_NOT_OF_OPTIMIZER = frozenset({"lr", "min_lr", "optimizer_selection"})
+#: Flags that are compared: of the batch, the optimizer and the adapters.
+_FLAGS = (
+    frozenset(
+        {"global_batch_size", "seq_length", *table.OptimizerFlags.model_fields}
+        | {"lora_target_modules", "lora_target_parameters", "lora_r", "lora_alpha", "lora_dropout"}
+    )
+    - _NOT_OF_OPTIMIZER
 )
+_LENGTH: KeyPath = ("flags", "seq_length")
 _FSDP2 = frozenset({"param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs"})
 _DATALOADER = frozenset({"sampler_type", "shuffle"})
 #: Callbacks and patches change no number; plugins are compared by what they offer; weights come from the checkpoint.
@@ -176,6 +181,10 @@ def _configuration(before: Mapping[str, Any], job: TrainingJob) -> Iterator[str]
     old = {path: value for path, value in leaves(config["values"]) if _counts(path)}
     new = {path: value for path, value in leaves(resolved["values"]) if _counts(path)}
     origins = config.get("origins")
+    dataset = job.components.get("dataset")
+    if getattr(type(dataset.config) if dataset else None, "sequence_length_key", None) is None:
+        for values in (old, new):
+            values.pop(_LENGTH, None)  # nobody reads it
     for path in sorted({*old, *new}, key=dotted):
         was, became = old.get(path, _ABSENT), new.get(path, _ABSENT)
         if _same(was, became):

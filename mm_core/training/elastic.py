@@ -132,7 +132,10 @@ class _Agent(LocalElasticAgent):
         result = super()._monitor_workers(worker_group)
         if result.state is not WorkerState.FAILED:
             return result
-        failures = sorted(result.failures.items(), key=lambda item: item[1].timestamp)
+        # A rank that a signal ended did not follow another, though the others' words may be older than the look at it.
+        failures = sorted(
+            result.failures.items(), key=lambda item: (item[1].exitcode >= 0, item[1].timestamp)
+        )
         codes = [failure.exitcode for _, failure in failures]
         self._pids = {}
         if EXIT_TERMINATED in codes and all(code in _STOPPED for code in codes):

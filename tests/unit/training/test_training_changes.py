@@ -63,6 +63,16 @@ def test_flags_that_change_numbers_are_told(flags: tuple[str, ...], said: list[s
     assert changes(state_of(job_of()), job_of(*flags)) == said
 
 
+def test_the_length_of_a_sequence_counts_where_it_is_read() -> None:
+    assert changes(state_of(job_of()), job_of("--seq-length", "64")) == []
+    chat = {name: ROOT / f"examples/tiny/qwen3vl/{name}.json" for name in ("model", "data")}
+    before = state_of(job_of("--seq-length", "128", **chat))
+    assert changes(before, job_of("--seq-length", "64", **chat)) == ["--seq-length: 128 → 64"]
+    adapted = job_of("--seq-length", "128", "--lora-target-modules", "q_proj", "--lora-r", "4", **chat)
+    wider = job_of("--seq-length", "128", "--lora-target-modules", "q_proj", "--lora-r", "8", **chat)
+    assert changes(state_of(adapted), wider) == ["--lora-r: 4 → 8"]
+
+
 def test_a_constant_rate_has_no_end() -> None:
     constant = ("--lr-decay-style", "constant")
     assert changes(state_of(job_of(*constant)), job_of(*constant, "--train-iters", "8")) == []
