@@ -157,6 +157,6 @@ def _text(done: Conversion) -> str:
     if done.left_out:
         groups = ", ".join(dict.fromkeys(name.split(".")[0] for name in done.left_out))
         lines.append(f"left out: {len(done.left_out)} tensors that belong to something else ({groups})")
-    if not done.has_config:
+    if not done.has_config and not (done.folder / "adapter_config.json").is_file():
         lines.append("no config.json was written: neither a weights adapter nor the library says what it is")
     return "".join(f"{line}\n" for line in lines)

@@ -78,6 +78,12 @@ def build_chat(sources: ChatSources, *, seed: int = 0, device: torch.device | No
     component, hooks = _component(sources, checkpoint, values)
     folder = expanded(component.from_pretrained or "")
     conversations = _conversations(values)
+    parameters = dict(conversations.get("preprocess_parameters") or {})
+    tokenizer = parameters.pop("model_name_or_path", None) or str(folder)
+    name = sources.template or _template(component, conversations)
+    limits = {key: value for key, value in (sources.limits or {}).items() if value is not None}
+    # Before the weights, which may take minutes.
+    template = build_template(name, tokenizer, **{**parameters, **limits})
     network = build_component(component, "meta", hooks=hooks)
     config = read_hf_config(folder)
     stored = config.get("dtype") or config.get("torch_dtype")
@@ -91,11 +97,6 @@ def build_chat(sources: ChatSources, *, seed: int = 0, device: torch.device | No
         network = _fill(network, component, sources, checkpoint)
     if sources.lora_load is not None:
         network = with_adapter(network, expanded(sources.lora_load))
-    parameters = dict(conversations.get("preprocess_parameters") or {})
-    tokenizer = parameters.pop("model_name_or_path", None) or str(folder)
-    name = sources.template or _template(component, conversations)
-    limits = {key: value for key, value in (sources.limits or {}).items() if value is not None}
-    template = build_template(name, tokenizer, **{**parameters, **limits})
     return Chat(network.eval(), template, _settings(network, folder), device)
 
 

@@ -6,6 +6,7 @@ A row is `{"prompt": "What is this?", "images": ["cat.jpg"]}`, or has `messages`
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_core.config.document import closest_path, expanded
+from mm_core.config.findings import clip
 from mm_registry.errors import UserError
 from mm_registry.suggestions import closest
 
@@ -66,11 +68,10 @@ def read_requests(path: str) -> list[ChatRequest]:
     """
     file = expanded(path)
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # texts may hold U+2028 and the like
     except FileNotFoundError:
-        near = closest_path(path)
-        mend = f"did you mean {near}?" if near else "name a file of JSON Lines"
-        raise UserError(f"--input {path}: there is no such file; {mend}") from None
+        near = closest_path(path) or "Name a file of JSON Lines"
+        raise UserError(f"--input {path}: there is no such file. {near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--input {path}: it cannot be read: {error}") from error
     requests = []
@@ -80,6 +81,9 @@ def read_requests(path: str) -> list[ChatRequest]:
         origin = f"{path}:{number}"
         try:
             row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{origin}: it holds half of a surrogate pair, which is no character") from None
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{origin}: it is no JSON: {error}; a file of JSON Lines has one object a line"
@@ -189,12 +193,12 @@ class _Row:
 
     def picture(self, kind: str, source: str) -> dict[str, str]:
         for place in (self.folder / source, expanded(source)):
-            if place.is_file():
+            if os.path.isfile(place):  # false, too, for what is too long to be a name
                 self.sources[kind].append(str(place))
                 return {"type": kind}
         near = closest_path(source)
-        mend = f"; did you mean {near}?" if near else ""
-        raise self.bad(f"{kind} {source}: there is no such file{mend}")
+        mend = f". {near}" if near else ""
+        raise self.bad(f"{kind} {clip(source)}: there is no such file{mend}")
 
     def listing(self, key: str) -> list[str]:
         value = self.row.get(key) or []

@@ -16,7 +16,7 @@ from mm_core.models.factory import build_component
 from mm_core.models.lora_conversion import convert_adapter
 from mm_core.models.pretrained import folder_differences
 from mm_core.weights.adapter import StateDictAdapter, find_adapter
-from mm_core.weights.convert import Conversion, convert_tensors, copy_folder, names_in_source
+from mm_core.weights.convert import Conversion, convert_tensors, copy_folder, files_beside, names_in_source
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.fit import check_fit
 from mm_core.weights.foreign import find_foreign, foreign_names, open_foreign
@@ -233,7 +233,8 @@ def _write(
             module, {name: dtype_name(dtype or source.tensors[key].dtype) for name, key in names.items()}
         )
     return convert_tensors(
-        module, source, names, folder, kind=kind, adapter=adapter, config=config, stored=stored, left_out=left_out, **options
+        module, source, names, folder, kind=kind, adapter=adapter, config=config, stored=stored, left_out=left_out,
+        beside=files_beside(lone.component), **options,
     )  # fmt: skip
 
 

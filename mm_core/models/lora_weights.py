@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _SAMPLE = 65536  # bytes
 _SAMPLES = 32  # of a file
+#: Ways of PEFT to begin an adapter that take a part out of the weights under it.
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,12 @@ def _of_folder(path: Path) -> LoraConfig:
         told = json.loads(file.read_text(encoding="utf-8"))
         if told.get("peft_type", "LORA") != "LORA" or told.get("use_dora") or told.get("use_rslora"):
             raise ValueError("it is not plain LoRA")
+        # What PEFT would do otherwise for some layers, or to the weights under the adapter, without other tensors to show it.
+        start = told.get("init_lora_weights", True)
+        odd = [key for key in ("alpha_pattern", "rank_pattern") if told.get(key)]
+        if odd or str(start).lower().startswith(_CHANGE_BASE):
+            why = odd[0] if odd else f"init_lora_weights {start}"
+            raise ValueError(f"it has {why}, and only one rank and alpha on unchanged weights are supported")
         modules, parameters = told.get("target_modules") or [], told.get("target_parameters") or []
         if isinstance(modules, str):
             modules = [modules]

@@ -106,11 +106,16 @@ def load_checks() -> Mapping[str, Check]:
         importlib.import_module(f"{package.__name__}.{module}")
     from mm_core.testing.prerequisites import in_order
 
-    staged = sorted(_checks.values(), key=lambda item: STAGES.index(item.stage))  # stable within a stage
+    staged = sorted(_checks.values(), key=_place)
     ordered = in_order({item.name: item for item in staged})
     _checks.clear()
     _checks.update(ordered)
     return CHECKS
+
+
+def _place(item: Check) -> tuple[int, str, int]:
+    """By stage, then as they are written, whichever module was imported first."""
+    return STAGES.index(item.stage), item.function.__module__, item.function.__code__.co_firstlineno
 
 
 def require(condition: object, message: str, detail: str = "") -> None:

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from mm_core.weights.adapter import StateDictAdapter, find_adapter
 from mm_core.weights.agreement import rank, ranks_agree
+from mm_core.weights.convert import files_beside
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.hf_save import check_hf_folder, save_hf_folder
 from mm_core.weights.layout import TEMPORARY, folder_name, sync_folder
@@ -167,6 +168,7 @@ def _write(
         layout=stored.layout or None,
         values=None if trained else values,
         read=merged_values(module, values) if trained else None,
+        beside=files_beside(component.section),
     )
 
 

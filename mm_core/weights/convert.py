@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from mm_core.config.document import expanded
 from mm_core.observe.transfer import byte_progress
 from mm_core.weights.adapter import StateDictAdapter
 from mm_core.weights.errors import WeightsError
@@ -24,6 +25,9 @@ from mm_core.weights.library_config import read_config
 from mm_core.weights.sources import FolderSource, TensorSource
 from mm_core.weights.stored import StoredWeights
 from mm_core.weights.tensors import compare_keys, dtype_name, shortened, state_tensors
+
+if TYPE_CHECKING:
+    from mm_core.config.component import ComponentConfig
 
 _CONFIG = "config.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers, at the top
@@ -121,6 +125,7 @@ def convert_tensors(
     dtype: torch.dtype | None = None,
     max_file_bytes: int = LARGEST_FILE,
     left_out: Iterable[str] = (),
+    beside: Sequence[Path] = (),
 ) -> Conversion:
     """Write a component's tensors as a folder, with the names and layout that its weights adapter, or its library,
     gives them.
@@ -132,6 +137,7 @@ def convert_tensors(
         config: the content of config.json; None writes none.
         stored: dtypes and layout of the folder that the weights came from long ago; else the source's dtypes.
         dtype: of all floating-point tensors, whatever they are in the source.
+        beside: small files that are copied, such as a tokenizer's.
 
     Raises:
         WeightsError: the source is damaged, a value is too large for the dtype, or the folder cannot be written.
@@ -148,7 +154,7 @@ def convert_tensors(
     with byte_progress(f"writing {folder}", total) as advance:
         save_hf_folder(
             module, folder, adapter, config, dtypes=dtypes, layout=stored.layout or None,
-            read=_reader(source, names, dtype, advance), max_file_bytes=max_file_bytes,
+            read=_reader(source, names, dtype, advance), max_file_bytes=max_file_bytes, beside=beside,
         )  # fmt: skip
     return described_conversion(source.path, folder, kind, tuple(left_out))
 
@@ -256,6 +262,19 @@ def small_files(folder: Path) -> list[Path]:
             raise WeightsError(f"{file} is too large to be copied with the weights; move it away.")
         found.append(inside(folder, file))
     return found
+
+
+def files_beside(component: ComponentConfig | None) -> list[Path]:
+    """What a folder of a model of the transformers library has beside weights and config.json (tokenizer, chat template,
+    settings of images): who loads the trained weights needs it too. Nothing for other components.
+
+    Raises:
+        WeightsError: a file is too large to be one of those.
+    """
+    if component is None or component.role != "transformers_model" or not component.from_pretrained:
+        return []
+    folder = expanded(component.from_pretrained)
+    return [file for file in small_files(folder) if file.name != _CONFIG] if folder.is_dir() else []
 
 
 def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

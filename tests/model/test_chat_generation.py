@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import Qwen3VLForConditionalGeneration
 
 from mm_core.cli.main import main
+from mm_core.data.errors import DataError
 from mm_core.generation.chat import Chat, Sampling
 from mm_core.generation.chat_build import ChatSources, build_chat
 from mm_core.generation.chat_requests import read_requests, request_of
@@ -65,6 +66,13 @@ def test_reply_is_that_of_transformers(folder: Path, chat: Chat) -> None:
     assert reply.text
 
 
+def test_folder_without_chat_template_is_told_before_weights_are_read(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    with pytest.raises(DataError, match=r"has no chat template .* copy tokenizer and template"):
+        build_chat(ChatSources(model=str(tmp_path)), device=torch.device("cpu"))
+
+
 def test_what_is_drawn_depends_on_seed_and_number_alone(chat: Chat) -> None:
     request = request_of(PROMPT)
     sampling = Sampling(max_new_tokens=8, temperature=1.5)
@@ -115,6 +123,8 @@ def test_file_of_questions(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         ('{"prompt": "<video> a"}', "more <video> than there are videos"),
         ('{"messages": [{"role": "robot", "content": "a"}]}', 'role "robot" is none of'),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "the last message is a reply already"),
+        ('{"prompt": "a\\ud800"}', "half of a surrogate pair"),
+        ('{"prompt": "a", "images": ["' + "a" * 5000 + '"]}', "there is no such file"),
     ],
 )  # fmt: skip
 def test_wrong_rows_are_named(folder: Path, row: str, message: str) -> None:
@@ -123,6 +133,14 @@ def test_wrong_rows_are_named(folder: Path, row: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         read_requests(str(file))
     assert str(caught.value).startswith(f"{file}:2: ")
+
+
+def test_only_line_ends_separate_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    prompts = ["a\u2028b", "c\x85d", "e"]
+    rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    file.write_bytes("\r\n".join([*rows, ""]).encode())
+    assert [request.row and request.row["prompt"] for request in read_requests(str(file))] == prompts
 
 
 @pytest.mark.parametrize(

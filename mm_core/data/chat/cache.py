@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,12 +119,19 @@ class PreparedCache:
         self.fingerprint = fingerprint
         self.place = self.folder / f"chat-{fingerprint}"
 
-    def load_or_make(self, blocks: Iterable[Block], *, overwrite: bool = False) -> Prepared:
+    def load_or_make(
+        self,
+        blocks: Iterable[Block],
+        *,
+        overwrite: bool = False,
+        outdated: Callable[[Prepared], bool] = lambda _: False,
+    ) -> Prepared:
         """Return what is kept; make it if there is nothing, or it is damaged. Other processes that ask meanwhile wait.
 
         Args:
             blocks: of `prepare`; asked for when they are needed.
             overwrite: make it in any case.
+            outdated: whether what is kept is to be made again.
 
         Raises:
             DataError: nothing can be written there.
@@ -136,14 +143,20 @@ class PreparedCache:
                 complete = self.place / _COMPLETE
                 if complete.exists() and (not overwrite or complete.stat().st_mtime >= asked):
                     try:
-                        return self._load()
+                        kept = self._load()
                     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                         log.warning(
                             "%s is damaged (%s); its conversations are prepared again", self.place, error
                         )
+                    else:
+                        if not outdated(kept):
+                            return kept
+                        log.info(
+                            "%s: what could not be used then can be now; it is prepared again", self.place
+                        )
                 self._make(blocks)
                 return self._load()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # the latter of a full disk, too
             raise DataError(f"cache_dir: {self.folder} cannot be used: {error}") from error
 
     @contextmanager

@@ -31,6 +31,7 @@ _FORMAT = 1  # of prepared conversations; goes up when what is prepared changes
 _DEFAULT_LENGTH = 1024
 # Conversations read before training starts; enough to notice wrong keys, few enough for a set of millions.
 _READ_AT_START = 16
+_BAD_LOOKED_AT = 256  # of those that a cache has as unusable, at most
 
 
 class ChatDataset(Dataset[dict[str, Tensor]]):
@@ -309,7 +310,20 @@ class _Builder:
         if not cached or basic.cache_dir is None:
             return Prepared.of(blocks)
         cache = PreparedCache(basic.cache_dir, _fingerprint(source, self.config, self.template, self.cutoff))
-        return cache.load_or_make(blocks, overwrite=basic.overwrite_cache)
+
+        def mended(kept: Prepared) -> bool:
+            """Whether one of those that could not be used can be: pictures are no part of the fingerprint."""
+            bad = list(kept.bad)
+            return any(self.usable(source, number) for number in bad[:: 1 + len(bad) // _BAD_LOOKED_AT])
+
+        return cache.load_or_make(blocks, overwrite=basic.overwrite_cache, outdated=mended)
+
+    def usable(self, source: ConversationSource, number: int) -> bool:
+        try:
+            self.encoder.prepare(source[number])
+        except UnreadableSampleError:
+            return False
+        return True
 
 
 def _fingerprint(

@@ -14,7 +14,6 @@ and OpenAI's, whose `content` may also be a list of parts:
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -311,7 +310,7 @@ class _Row:
         if source.startswith("data:") and kind == "image":
             try:
                 return base64.b64decode(source.partition(",")[2], validate=True)
-            except binascii.Error as error:
+            except ValueError as error:  # binascii's, or that there are other characters than ASCII's
                 raise self.bad(f"the {kind} {_show(source)} is no base64: {error}") from None
         source = source.removeprefix("file://")
         if "://" in source:

@@ -142,9 +142,17 @@ class TokenizerTemplate:
 
         Returns:
             ids int64 `[S]`, and whether the segment in which a token begins is learnt, bool `[S]`.
+
+        Raises:
+            DataError: the text cannot be written as UTF-8.
         """
+        whole = "".join(text for text, _ in segments)
+        try:
+            whole.encode()
+        except UnicodeEncodeError:  # JSON can write it, in whatever a template takes from a row
+            raise DataError("its text holds half of a surrogate pair, which is no character") from None
         encoded = self.tokenizer(
-            "".join(text for text, _ in segments),
+            whole,
             add_special_tokens=False,  # a template writes those itself
             return_offsets_mapping=True,
             return_attention_mask=False,
@@ -221,6 +229,9 @@ def _chat_template(folder: Path, tokenizer: Any) -> str | dict[str, str]:
     else:
         template = tokenizer.chat_template
     if not template:
-        raise DataError(f"the folder {folder} has no chat template (chat_template.jinja)")
+        raise DataError(
+            f"the folder {folder} has no chat template (chat_template.jinja); copy tokenizer and template of the model's "
+            "published folder into it, or name a folder that has them"
+        )
     made: str | dict[str, str] = template
     return made

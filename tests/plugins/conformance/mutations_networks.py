@@ -8,7 +8,7 @@ _LOGITS = "logits = self.head(tokens)"
 
 NETWORKS = (
     net("builds-a-module", "cannot be built", ("self.post_init()", "raise ValueError")),
-    net("builds-on-meta", "are real all the same", ("self.post_init()", "self.scale = nn.Parameter(torch.ones(1, device='cpu'))")),
+    net("builds-on-meta", "parameters are real", ("self.post_init()", "self.scale = nn.Parameter(torch.ones(1, device='cpu'))")),
     net("reads-tokens-and-images", "without logits", ("logits=logits", "hidden_states=(logits,)")),
     net("reads-tokens-and-images", "logits are", (_LOGITS, "logits = self.head(tokens)[:, 1:]"),
         ("logits[:, :-1].float()", "logits.float()")),

@@ -164,6 +164,7 @@ BAD: list[tuple[Any, str]] = [
     ({"conversations": PICTURE, "images": ["https://x/y.png"]}, "nothing is downloaded"),
     ({"conversations": PICTURE, "images": [3]}, "3 is no image; expected the path"),
     ({"conversations": PICTURE, "images": ["data:image/png;base64,%"]}, "is no base64"),
+    ({"conversations": PICTURE, "images": ["data:image/png;base64,ü"]}, "is no base64"),
     ({"conversations": [{"from": "human", "value": [{"type": "audio"}]}, GPT]}, 'has the part {"type": "audio"}'),
     (
         {"conversations": [{"from": "system", "value": "<image>"}, HUMAN, GPT], "images": ["cat.png"]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import resource
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -208,6 +209,16 @@ def test_cache_that_cannot_be_written(make: Make, tmp_path: Path) -> None:
     Path("cache").write_text("a file")
     with pytest.raises(DataError, match="cache_dir: cache cannot be used: "):
         make(cache_dir="cache")
+    tokens = np.zeros(1 << 16, np.int32)
+    block = Block(np.full(1, 1 << 16), np.zeros((1, 2)), np.full(1, 1 << 16), tokens, tokens > 0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, hard))  # as on a disk that is full
+    try:
+        with pytest.raises(DataError, match=r"cache_dir: .*full cannot be used: .*I/O error"):
+            PreparedCache("full", "x").load_or_make([block])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in Path("full").iterdir()] == ["chat-x.lock"]
 
 
 @pytest.mark.parametrize("basic", [{}, {"cache_dir": "cache"}, {"neat_packing": True}])
@@ -287,6 +298,22 @@ def test_a_stream_resumes_where_it_was(make: Make, basic: dict[str, Any], worker
     _, loader = batches(stream(), 9, workers=workers)
     rest, _ = batches(stream(), 11, consumed=18, position=loader.state_dict(), workers=workers)
     assert all(map(same, whole[9:], rest))
+
+
+def test_what_no_tokenizer_takes_is_named(make: Make) -> None:
+    """Texts outside of contents reach it through the chat template."""
+    tool = {"name": "look", "description": "\ud800", "parameters": {}}
+    with pytest.raises(DataError, match=r"chats.jsonl:2 .*half of a surrogate pair"):
+        make([row(0), {**row(1), "tools": [tool]}], attr={"tools": "tools"}, max_bad_samples=0)
+
+
+def test_a_picture_that_was_missing_is_used_when_it_is_there(make: Make) -> None:
+    rows = [row(i, "late.png" if i == 2 else None) for i in range(6)]
+    assert make(rows, cache_dir="cache").prepared.lengths[2] == 0
+    Image.new("L", (32, 32)).save("late.png")
+    after = make(rows, cache_dir="cache")
+    assert after.prepared.lengths[2] > 0
+    assert after.bad.count == 0
 
 
 def test_a_stream_deals_every_row_once(make: Make) -> None:
