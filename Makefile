@@ -73,6 +73,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/discovery.py
 	$(BIN)/python benchmarks/config.py
 	$(BIN)/python benchmarks/weights.py
+	$(BIN)/python benchmarks/vlm_step.py
 
 docs: $(VENV)/.dev
 	$(PIP) mkdocs-material==9.8.1

@@ -6,10 +6,10 @@ import argparse
 import math
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from mm_core.cli.flag_parser import FlagParser
 from mm_core.cli.tables import json_text, printable
 from mm_core.config.component_file import SECTIONS
 from mm_core.config.document import expanded
@@ -25,19 +25,11 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)?", re.IGNORECASE)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with our errors: one sentence, exit code 2, told by `mm` itself."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"mm convert: {message}. `mm convert --help` lists the flags.")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="mm convert",
+def _parser() -> FlagParser:
+    parser = FlagParser(
+        "mm convert",
         description="Write weights as a folder that diffusers and transformers load: safetensors files and config.json. "
         "One process and no device; memory holds a few tensors.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -77,24 +69,6 @@ def _parser() -> _Parser:
     return parser
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse, with underscores accepted for hyphens, and a suggestion for an unknown flag."""
-    parser = _parser()
-    known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
-    words = []
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("_", "-")
-            if name not in known:
-                near = closest(name, known, 1)
-                mend = f"did you mean {near[0]}?" if near else "`mm convert --help` lists the flags."
-                raise UserError(f"{name}: there is no such flag of mm convert; {mend}")
-            word = name + equals + value
-        words.append(word)
-    return parser.parse_args(words)
-
-
 def _dtype(text: str) -> str:
     dtype: str = short_dtype(text)
     if dtype in _DTYPES:
@@ -123,7 +97,7 @@ def run(argv: list[str]) -> int:
     if not argv or "-h" in argv or "--help" in argv:
         sys.stdout.write(_parser().format_help())
         return 0
-    options = _parse(argv)
+    options = _parser().parse(argv)
     limit = _bytes(options.max_shard_size)
 
     from mm_core.accelerator import parse_dtype  # imports torch: only once the command line is right

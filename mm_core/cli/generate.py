@@ -7,32 +7,22 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
 
-from mm_core.cli.generate_chat import help_text, is_chat
-from mm_core.cli.generate_chat import run as generate_chat
+from mm_core.cli import generate_chat
+from mm_core.cli.flag_parser import FlagParser
 from mm_core.config import GenerationJob, load_generation_job
 from mm_core.config.environment import check_environment, whole_number
 from mm_core.config.findings import ConfigError, Finding, has_errors
 from mm_core.config.generate_flags import classic_flag_names, take_classic_flags
 from mm_registry.errors import UserError
-from mm_registry.suggestions import closest
 
 log = logging.getLogger(__name__)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with our errors: one sentence, exit code 2, told by `mm` itself."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"mm generate: {message}. `mm generate --help` lists the flags.")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="mm generate",
+def _parser() -> FlagParser:
+    parser = FlagParser(
+        "mm generate",
         description="Write one MP4 for each prompt, and beside it a JSON that says how to make it again.",
-        allow_abbrev=False,
         epilog="With --model FOLDER, with the model file of a chat model, or with --load RUN alone it replies to prompts with "
         "images and videos instead, with the flags below. "
         "Flags of MindSpeed-MM's inference scripts, which `mm train --help` lists, are accepted as well: what "
@@ -75,10 +65,9 @@ def _parser() -> _Parser:
     return parser
 
 
-def _own(parser: argparse.ArgumentParser) -> set[str]:
+def _own(parser: FlagParser) -> set[str]:
     """Attributes of the parser's flags."""
-    words = (word for action in parser._actions for word in action.option_strings)
-    return {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    return {flag.removeprefix("--").replace("-", "_") for flag in parser.flags()}
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Finding]]:
@@ -87,29 +76,16 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Finding]]:
     """
     parser = _parser()
     argv, findings = take_classic_flags(argv, _own(parser))
-    words = [
-        "--" + word[2:].partition("=")[0].replace("_", "-") + "".join(word[2:].partition("=")[1:])
-        if word.startswith("--")
-        else word
-        for word in argv
-    ]
-    known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
-    for word in words:
-        name = word.partition("=")[0]
-        if name.startswith("--") and name not in known:
-            near = closest(name, [*known, *classic_flag_names(_own(parser))], 1)
-            mend = f"did you mean {near[0]}?" if near else "`mm generate --help` lists the flags."
-            raise UserError(f"{name}: there is no such flag of mm generate; {mend}")
-    return parser.parse_args(words), findings
+    return parser.parse(argv, [*generate_chat.flags(), *classic_flag_names(_own(parser))]), findings
 
 
 def run(argv: list[str]) -> int:
     """Check the inference file without torch, then build the pipeline and write the videos."""
     if "-h" in argv or "--help" in argv:
-        sys.stdout.write(f"{_parser().format_help()}\n{help_text()}")
+        sys.stdout.write(f"{_parser().format_help()}\n{generate_chat.help_text()}")
         return 0
-    if is_chat(argv):
-        return generate_chat(argv) if _is_alone() else 0
+    if generate_chat.is_chat(argv):
+        return generate_chat.run(argv) if _is_alone() else 0
     options, findings = _parse(argv)
     if not _is_alone():
         return 0  # rank 0 says it; the launcher would kill it before, if another rank failed first

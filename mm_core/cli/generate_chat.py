@@ -9,13 +9,13 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from mm_core.cli.flag_parser import FlagParser
 from mm_core.config.document import expanded
 from mm_core.config.dtypes import short_dtype
 from mm_core.config.kinds import Kind, detect_kind, without_schema
 from mm_registry.errors import UserError
-from mm_registry.suggestions import closest
 
 if TYPE_CHECKING:
     from mm_core.generation.chat import Reply
@@ -32,13 +32,6 @@ _LIMITS = (
     "video_fps",
     "video_maxlen",
 )
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with our errors: one sentence, exit code 2, told by `mm` itself."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"mm generate: {message}. `mm generate --help` lists the flags.")
 
 
 def is_chat(argv: Sequence[str]) -> bool:
@@ -68,11 +61,17 @@ def help_text() -> str:
     return _parser().format_help()
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def flags() -> list[str]:
+    """Return the flags of a chat model's command line."""
+    return _parser().flags()
+
+
+def _parser() -> FlagParser:
+    parser = FlagParser(
+        "mm generate",
+        "mm generate for a chat model",
         prog="mm generate (chat models)",
         description="Reply to a prompt with images and videos, as it comes, or to each row of a file of JSON Lines.",
-        allow_abbrev=False,
         add_help=False,
     )
     add = parser.add_argument
@@ -144,31 +143,13 @@ def _parser() -> _Parser:
     return parser
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parse, with underscores accepted for hyphens, and a suggestion for an unknown flag."""
-    parser = _parser()
-    known = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
-    words = []
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("_", "-")
-            if name not in known:
-                near = closest(name, known, 1)
-                mend = f"did you mean {near[0]}?" if near else "`mm generate --help` lists the flags."
-                raise UserError(f"{name}: there is no such flag of mm generate for a chat model; {mend}")
-            word = name + equals + value
-        words.append(word)
-    return parser.parse_args(words)
-
-
 def run(argv: Sequence[str]) -> int:
     """Check the command line and the questions, then build the model and reply.
 
     Raises:
         UserError: something is wrong with them.
     """
-    options = _parse(argv)
+    options = _parser().parse(argv)
     _check(options)
     from mm_core.generation.chat_requests import read_requests, request_of
 
