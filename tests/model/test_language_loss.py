@@ -301,6 +301,14 @@ def test_padding_before_a_text_cannot_be_mixed_with_packed_rows() -> None:
         next(task.prepare([padded]))
 
 
+@pytest.mark.parametrize("arranged", ["padded", "packed"])
+def test_padding_is_no_tokens(arranged: str) -> None:
+    network = tiny_vlm.network_of(tiny_vlm.tiny_qwen3_vl())
+    task = LanguageTask(TransformersModel(network), seed=0, device=CPU)
+    count = sum(task.tokens(inputs) for inputs in task.prepare(ARRANGED[arranged]()))
+    assert count == sum(len(sample["input_ids"]) for sample in SAMPLES)
+
+
 def test_an_attention_that_is_not_known_is_refused() -> None:
     network = tiny_vlm.network_of(tiny_vlm.tiny_qwen3_vl())
     task = LanguageTask(TransformersModel(network), seed=0, device=CPU)

@@ -47,6 +47,7 @@ class LanguageInputs:
         documents: of packed rows.
         mask: 0 where a packed row is padded, `[B, S]`.
         rows: places in the flattened tokens that are learnt, `[T]`; None: it is not known.
+        tokens: that are no padding; None: none is.
     """
 
     arguments: dict[str, Any]
@@ -57,6 +58,7 @@ class LanguageInputs:
     documents: PackedDocuments | None = None
     mask: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    tokens: int | None = None
 
 
 class LanguageTask:
@@ -124,9 +126,11 @@ class LanguageTask:
         rows = None
         if self.head is not None and context_of(self.model.model) is None:
             rows = (targets != IGNORED).flatten().nonzero()[:, 0]
+        real = batch.get("attention_mask") if mask is None else mask
+        tokens = None if real is None else int(real.count_nonzero())
         arguments = {name: self._moved(value) for name, value in arguments.items()}
         targets, weights, owners, mask, rows = map(self._moved, (targets, weights, owners, mask, rows))
-        return LanguageInputs(arguments, targets, weights, count, owners, documents, mask, rows)
+        return LanguageInputs(arguments, targets, weights, count, owners, documents, mask, rows, tokens)
 
     def _moved(self, value: Any) -> Any:
         return value.to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -203,7 +207,7 @@ class LanguageTask:
         return router_losses(logits, self.top_k, context.split(mask), context.group, owners, inputs.count)
 
     def tokens(self, inputs: LanguageInputs) -> int:
-        return int(inputs.arguments["input_ids"].numel())
+        return int(inputs.arguments["input_ids"].numel()) if inputs.tokens is None else inputs.tokens
 
     @staticmethod
     def example_batch(
