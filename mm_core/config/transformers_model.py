@@ -25,7 +25,10 @@ class LossConfig(SectionModel):
     ] = "default"
     chunk_size: Annotated[
         Annotated[int, Field(ge=1)] | None,
-        NoEffect("all logits are computed at once, unless compute_mode is chunk or dynamic_chunk", when=("compute_mode", "default")),
+        NoEffect(
+            "all logits are computed at once, unless compute_mode is chunk or dynamic_chunk",
+            when=("compute_mode", "default"),
+        ),
         Field(description="Tokens of a chunk; default: 1024 for `chunk`, 4096 for `dynamic_chunk`."),
     ] = None
     loss_type: Annotated[
