@@ -200,8 +200,10 @@ def _template(component: ComponentConfig, conversations: Mapping[str, Any]) -> s
     cls = config_class(
         Part(NETWORK, component.role, (), (), component.model_id, component.spec), default_manager()
     )
-    known = cls is not None and issubclass(cls, TransformersFamilyConfig)
-    return cls.chat_template if known else TransformersFamilyConfig.chat_template  # type: ignore[union-attr]
+    family = (
+        cls if cls is not None and issubclass(cls, TransformersFamilyConfig) else TransformersFamilyConfig
+    )
+    return family.chat_template
 
 
 def _settings(network: Any, folder: Path) -> GenerationConfig:
