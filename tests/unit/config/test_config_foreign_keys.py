@@ -177,7 +177,7 @@ TABLE: list[tuple[str, str, Any, str, str]] = [
     ("qwen", "text_decoder.num_moe_experts", 128, "unknown", "in text_decoder of"),
     ("qwen", "image_encoder.attn_implementation", "sdpa", "unknown", "in image_encoder of"),
     ("qwen", "image_encoder.vision_encoder.recompute_granularity", "full", "no effect", "fsdp2.yaml"),
-    ("qwen", "loss_cfg.chunk_size", 512, "no effect", "all tokens are computed at once"),
+    ("qwen", "loss_cfg.chunk_size", 512, "no effect", "all logits are computed at once"),
     ("qwen", "loss_cfg.compute_mode", "chunk", "effective", ""),
     ("qwen", "loss_cfg.compute_mode", "chunked", "type", '"dynamic_chunk"'),
     ("qwen", "loss_cfg.loss_type", "per_token_loss", "effective", ""),
