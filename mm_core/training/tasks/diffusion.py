@@ -14,6 +14,7 @@ from mm_core.config.latents import latent_channels, latent_strides
 from mm_core.models.sora import SoRAModel
 from mm_core.random import keyed_generator, keyed_normal
 from mm_core.training.tasks.base import LossParts
+from mm_core.training.tasks.encoding import Encoded, Encoders
 from mm_registry.errors import UserError
 
 
@@ -44,33 +45,28 @@ class DiffusionTask:
         self.model = model
         self.seed = seed
         self.device = device
+        self.encoders = Encoders(model, seed=seed, device=device)
 
     def prepare(self, micro_batches: Iterable[dict[str, Any]]) -> Iterator[DiffusionInputs]:
-        for batch in micro_batches:
-            yield self._prepare(batch)
+        for encoded in self.encoders.encode(micro_batches):
+            yield self._noised(encoded)
 
     @torch.no_grad()
-    def _prepare(self, batch: dict[str, Any]) -> DiffusionInputs:
-        indices: list[int] = batch["sample_index"].tolist()
-        video = batch["video"].to(self.device, non_blocking=True)  # [B, 3, T, H, W]
-        latents = self.model.encode_video(
-            video, generators=[keyed_generator(self.seed, "autoencoder", i) for i in indices]
-        )  # [B, C, T', h, w]
-        prompt, prompt_mask = self.model.encode_text(
-            batch["prompt_ids"].to(self.device), batch["prompt_mask"].to(self.device)
-        )  # [B, L, D], [B, L]
+    def _noised(self, encoded: Encoded) -> DiffusionInputs:
+        latents, indices = encoded.latents, encoded.sample_index
         noise = keyed_normal(self.seed, "noise", indices, latents.shape[1:])
         noised, noise, timesteps = self.model.diffusion.q_sample(
             latents,
             noise=noise.to(latents.device, latents.dtype),
             generator=[keyed_generator(self.seed, "timestep", i) for i in indices],
+            **encoded.conditions,
         )
         return DiffusionInputs(
             latents=latents,
             noised_latents=noised,
             noise=noise,
             timesteps=timesteps,
-            conditions={"prompt": prompt, "prompt_mask": prompt_mask},
+            conditions=encoded.conditions,
         )
 
     def forward(self, model: torch.nn.Module, inputs: DiffusionInputs) -> torch.Tensor:
@@ -81,7 +77,12 @@ class DiffusionTask:
 
     def loss(self, outputs: torch.Tensor, inputs: DiffusionInputs) -> LossParts:
         losses = self.model.diffusion.training_losses(
-            outputs, inputs.latents, inputs.noised_latents, inputs.noise, inputs.timesteps
+            outputs,
+            inputs.latents,
+            inputs.noised_latents,
+            inputs.noise,
+            inputs.timesteps,
+            **inputs.conditions,
         )  # [B] fp32
         return losses, torch.ones_like(losses), {}
 
