@@ -247,6 +247,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
     return paths
 
 
+@pytest.mark.slow
 def test_clipping_without_waiting_changes_no_number(models: dict[bool, str]) -> None:
     at_once, later = (run_ranks(run, 2, models[value], timeout=120)[0] for value in (False, True))
     assert [step for step, *_ in later["losses"]] == [1, 2, 3, 4]

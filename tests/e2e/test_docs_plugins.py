@@ -144,6 +144,7 @@ def ported(tmp_path_factory: pytest.TempPathFactory) -> Followed:
     return followed(PORT, tmp_path_factory.mktemp("port"))
 
 
+@pytest.mark.slow
 def test_the_ported_predictor_passes_the_kit(ported: Followed) -> None:
     said = ported.walk.outputs["pytest mmzoo-plugin-short-dit/tests"]
     assert "failed" not in said
@@ -188,6 +189,7 @@ save_file(model.state_dict(), sys.argv[1] + "/weights.safetensors")
 '''
 
 
+@pytest.mark.slow
 def test_the_ported_predictor_computes_what_the_old_one_did(ported: Followed) -> None:
     reference = ported.folder / "mmzoo-plugin-short-dit/tests/reference"
     reference.mkdir()

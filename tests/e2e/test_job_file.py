@@ -59,6 +59,7 @@ def succeeded(result: Result) -> None:
     assert result.code == 0, result.err
 
 
+@pytest.mark.slow
 def test_training_is_that_of_the_classic_files(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -192,6 +192,7 @@ def test_the_example_script_trains_two_ranks(example: tuple[Path, Result]) -> No
     )
 
 
+@pytest.mark.slow
 def test_step_times_can_be_cut_out_of_the_log(example: tuple[Path, Result]) -> None:
     run, result = example
     lines = [line for line in result.out.splitlines() if "elapsed time per iteration" in line]
@@ -213,6 +214,7 @@ def test_the_example_differs_from_a_classic_script_by_the_program_alone() -> Non
     assert "mm_core" not in text.replace("`-m mm_core train`", "").replace(line, "")
 
 
+@pytest.mark.slow
 def test_a_script_for_pretrain_sora(example: tuple[Path, Result], folder: Path) -> None:
     run, _ = example
     script = replaced(PRETRAIN, "pretrain_sora.py", "train")
@@ -228,6 +230,7 @@ def test_a_script_for_pretrain_sora(example: tuple[Path, Result], folder: Path) 
     assert set(notes.values()) <= {"note"}, "a correct script gets no warning"
 
 
+@pytest.mark.slow
 def test_a_script_for_inference_sora(example: tuple[Path, Result], folder: Path) -> None:
     run, _ = example
     script = replaced(INFERENCE, "inference_sora.py", "generate")

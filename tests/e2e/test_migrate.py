@@ -52,6 +52,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_migrated_script_trains_as_its_flags_do(project: Path) -> None:
     (project / "jobs").mkdir()
     done = run_mm("migrate", "pretrain.sh", "1=run", "--output", "jobs/job.yaml", cwd=project)

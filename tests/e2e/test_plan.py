@@ -142,6 +142,7 @@ def large(arguments: tuple[str, ...], ranks: int) -> tuple[dict[str, Any], float
     return json.loads(done.stdout), time.perf_counter() - started, kib / 2**20
 
 
+@pytest.mark.slow
 def test_a14b_on_64_ranks() -> None:
     data, _, gib = large(A14B, 64)
     assert data["parameters"] == 14_288_491_584

@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="module", params=["predictor", "ae"])
+@pytest.fixture(scope="module", params=["predictor", pytest.param("ae", marks=pytest.mark.slow)])
 def new(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a plugin of each role, as written."""
     parent = tmp_path_factory.mktemp(request.param)

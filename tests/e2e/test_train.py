@@ -75,7 +75,8 @@ def test_the_seed_fixes_everything_and_another_seed_changes_it(ten_steps: Path, 
     assert losses(tmp_path / "other") != losses(ten_steps)[:3]
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_resume_is_bit_equal(ten_steps: Path, tmp_path: Path, ranks: int) -> None:
     flags = ["--nproc-per-node", str(ranks)]
     batch = (2 // ranks, 4)
@@ -122,6 +123,7 @@ def test_flags_decide_on_resume_and_the_seed_may_not_change(tmp_path: Path) -> N
     assert (run / "logs" / "config.1.json").exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one(tmp_path: Path) -> None:
     for ranks in (1, 2):
         result = train(
@@ -163,6 +165,7 @@ def test_a_run_is_not_overwritten(ten_steps: Path) -> None:
     assert (ten_steps / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_sigterm_saves_once_and_the_run_goes_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(run, "--micro-batch-size", "2", "--global-batch-size", "2") as process:
@@ -234,6 +237,7 @@ def test_mixed_precision_recompute_and_accumulation_from_the_yaml(ten_steps: Pat
     assert losses(tmp_path / "bf16") == pytest.approx(losses(ten_steps)[:3], rel=2e-2)
 
 
+@pytest.mark.slow
 def test_the_real_autoencoder_trains_too(tmp_path: Path) -> None:
     vae = Path("examples/tiny/wan22-vae")
     job = Job(vae / "model.json", vae / "data.json", Job().tools, vae / "fsdp2.yaml")

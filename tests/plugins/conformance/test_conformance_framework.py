@@ -40,6 +40,7 @@ def statuses(report: Report, subject: str = DIT) -> dict[str, Outcome]:
     return {result.check: result.status for result in report.results if result.subject == subject}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "how"),
     [

@@ -393,6 +393,7 @@ def overwrite_config(role, model_id, config):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_every_rank_of_a_real_run_has_them_after_the_hooks(tmp_path: Path) -> None:
     site = tmp_path / "site"

@@ -255,6 +255,7 @@ def test_a_schema_is_whole(name: str) -> None:
         assert "description" in next(iter(schema["properties"].values()))
 
 
+@pytest.mark.slow
 def test_every_schema_is_one_for_jsonschema_too(files: Any) -> None:
     """The small validator above, checked by the real one where it is installed."""
     jsonschema = pytest.importorskip("jsonschema")
