@@ -67,7 +67,7 @@ generated: $(VENV)/.dev
 	for kind in job model data tools fsdp2 inference transformers; do $(BIN)/mm schema $$kind --output examples/schemas/$$kind.schema.json || exit; done
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/wan_step.py --only same
 	$(BIN)/python benchmarks/sharding.py
 	$(BIN)/python benchmarks/parallel.py
 	$(BIN)/python benchmarks/discovery.py

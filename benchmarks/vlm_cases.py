@@ -210,14 +210,15 @@ class Ours:
         self.trainer = trainer
         self.losses: list[float] = []
         self.tokens = 0
-        batches = trainer.batches
+        source: Any = trainer.batches
+        batches = source._batches
 
         def counted() -> Any:
             for batch in batches:
                 self.tokens += tokens_of(batch)
                 yield batch
 
-        trainer.batches = counted()
+        source._batches = counted()
 
     def __call__(self) -> None:
         report = self.trainer._train_step(lambda: False)

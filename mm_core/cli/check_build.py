@@ -89,6 +89,7 @@ def _training(
         tuple(findings),
         ranks if flags.nproc_per_node is not None or ranks > 1 else None,
         parallel_sizes(flags, fsdp2, draft.documents.get("model")),
+        flags,
     )
 
 

@@ -43,6 +43,8 @@ def is_chat(argv: Sequence[str]) -> bool:
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             values[name.replace("_", "-")] = value if equals else following
+    if "--repeat" in values:
+        return False
     if "--model" in values:
         return True
     file = values.get("--mm-model")

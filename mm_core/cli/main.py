@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "schema": ("mm_core.cli.schema", "the JSON Schema of a file or a component, for editors"),
     "migrate": ("mm_core.cli.migrate", "rewrite a launch script, flags or files as one commented job file"),
+    "data": (
+        "mm_core.cli.data_inspect",
+        "`mm data inspect`: clips per bucket, what is left out and why, captions, sample frames",
+    ),
     "plan": (
         "mm_core.cli.plan",
         "memory, communication and time of a training job, without its devices, weights and data",
@@ -45,6 +49,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": (
         "mm_core.cli.convert",
         "write a Hugging Face folder from a run, a checkpoint of MindSpeed-MM or another folder",
+    ),
+    "extract-features": (
+        "mm_core.cli.extract_features",
+        "encode videos and captions once, and store latents and embeddings for training",
     ),
     "doctor": (
         "mm_core.cli.doctor",

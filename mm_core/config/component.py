@@ -92,5 +92,6 @@ class ComponentConfig:
 
     @property
     def label(self) -> str:
-        """What messages call it: `predictor (wandit)`."""
-        return f"{self.role} ({self.model_id})"
+        """What messages call it: `predictor (wandit)`; of two predictors by its section."""
+        name = self.path[0] if self.role == "predictor" and self.path else self.role
+        return f"{name} ({self.model_id})"

@@ -1,14 +1,13 @@
 """`data.json`: the dataset and how batches are drawn from it."""
 
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mm_core.config.keys import NoEffect, NotYet, Only
+from mm_core.config.keys import NoEffect, Only
 from mm_core.config.section import SectionModel, invalid
 
-_BUCKETS = "samples are not grouped by size or length yet"
-_Bucket: TypeAlias = Annotated[bool, NotYet(False, reason=_BUCKETS)]
+_ONE_SAMPLER = "samples are always dealt by one global sampler, and group_data groups clips of several sizes"
 _FLAGS = "the command line decides"
 #: Always draws at random, in MindSpeed-MM as here.
 _RANDOM = "BaseRandomBatchSampler"
@@ -35,13 +34,14 @@ class CollateConfig(SectionModel):
 class DataloaderConfig(SectionModel):
     """`dataloader_param`.
 
-    All ranks draw from one global order of samples that depends on the seed alone, so the same job gives
-    the same batches on any number of ranks. Sizes and the number of workers are flags.
+    All ranks draw from one global order of samples that depends on the seed alone (and, where samples are grouped,
+    on the size of a micro batch), so the same job gives the same batches on any number of ranks. Sizes and the number
+    of workers are flags.
     """
 
     dataloader_mode: Annotated[
         Literal["sampler", "base", "variable"],
-        NotYet("sampler", reason="samples are always dealt by one global sampler"),
+        Only("sampler", reason=_ONE_SAMPLER),
         Field(description="How the loader is made: with a sampler, plain, or for clips of several sizes."),
     ] = "sampler"
     sampler_type: Annotated[
@@ -52,15 +52,17 @@ class DataloaderConfig(SectionModel):
             "LengthGroupedSampler",
             "VariableVideoBatchSampler",
         ],
-        NotYet(
+        Only(
             "stateful_distributed_sampler",
             "SequentialSampler",
             _RANDOM,
-            reason=_BUCKETS,
+            "LengthGroupedSampler",
+            reason=_ONE_SAMPLER,
         ),
         Field(
-            description="`SequentialSampler` keeps the order of the dataset, `BaseRandomBatchSampler` draws a new one "
-            "each epoch, `stateful_distributed_sampler` as `shuffle` says."
+            description="`SequentialSampler`: the dataset's order. `BaseRandomBatchSampler`: a new one each epoch. "
+            "`stateful_distributed_sampler`: as `shuffle` says; `LengthGroupedSampler`: also, and ranks do clips of about one "
+            "size at the same time."
         ),
     ] = "stateful_distributed_sampler"
     shuffle: Annotated[
@@ -85,10 +87,20 @@ class DataloaderConfig(SectionModel):
         ),
         Field(description="Keep workers from one epoch to the next."),
     ] = None
-    group_frame: Annotated[_Bucket, Field(description="Batches of clips with as many frames.")] = False
-    group_resolution: Annotated[_Bucket, Field(description="Batches of clips of one resolution.")] = False
+    group_frame: Annotated[
+        bool,
+        Field(description="Micro batches of clips with as many frames; the others' sizes must be alike."),
+    ] = False
+    group_resolution: Annotated[
+        bool,
+        Field(description="Micro batches of clips of one height and width; their frames must be as many."),
+    ] = False
     group_data: Annotated[
-        _Bucket, Field(description="Batches of samples that are alike in size or length.")
+        bool,
+        Field(
+            description="Micro batches of clips of one shape (frames, height, width). What does not fill one stays out of "
+            "the epoch, which is reported."
+        ),
     ] = False
     initial_global_step_for_sampler: Annotated[
         int,
@@ -102,7 +114,7 @@ class DataloaderConfig(SectionModel):
     ] = False
     priority_mode: Annotated[
         str | None,
-        NoEffect("it orders buckets, which are not used", quiet_for=("data_bucketing_img", None)),
+        NoEffect("micro batches of all buckets are drawn alike", quiet_for=("data_bucketing_img", None)),
         Field(description="Which buckets come first."),
     ] = None
     collate_param: Annotated[
@@ -119,6 +131,11 @@ class DataloaderConfig(SectionModel):
     seed: Annotated[
         int | None, NoEffect(f"{_FLAGS}: --seed"), Field(description="Of the order of samples.")
     ] = None
+
+    def grouped_axes(self) -> tuple[str, ...]:
+        """Return in which of frames, height and width the clips of a micro batch are alike by the order of samples."""
+        frames = ("frames",) if self.group_data or self.group_frame else ()
+        return frames + (("height", "width") if self.group_data or self.group_resolution else ())
 
     @model_validator(mode="before")
     @classmethod

@@ -1,18 +1,20 @@
 """`dataset_param` with `dataset_type: t2v`: videos with captions."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
+from mm_core.config.features import STORED
 from mm_core.config.keys import NoEffect, NotYet, Only
 from mm_core.config.section import SectionModel, invalid
 from mm_core.config.text import TextMethods, method_names
 from mm_core.config.tokenizer import TokenizerConfig
-from mm_core.config.transforms import TransformConfig
+from mm_core.config.transforms import FrameTransformConfig, TransformConfig
 
 PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
+ANNOTATION_ENDINGS = (".json", ".jsonl", ".csv", ".parquet")
 _READERS = "PyAV reads every video"
-_FIRST_FRAME = "only image-to-video training looks at the first frame"
+_CLIP_FRAME = "the image processor scales and normalises CLIP's images as the model was trained"
 _SPLICING = "images are not spliced into videos"
 
 
@@ -24,9 +26,20 @@ class BasicParameters(SectionModel):
         Field(
             min_length=1,
             description="A text file with a line `folder,annotation.json` for each part, or an "
-            "annotation file (.json, .jsonl).",
+            "annotation file (.json, .jsonl, .csv, .parquet), or the index.json of stored features.",
         ),
     ]
+    val_data_path: Annotated[
+        str | None,
+        Field(min_length=1, description="What is validated with (`--eval-interval`), named as data_path is."),
+    ] = None
+    val_rate: Annotated[
+        Annotated[float, Field(ge=0.0, lt=1.0)] | None,
+        Field(description="Share of the samples that is held back to validate with, drawn by --seed."),
+    ] = None
+    val_max_samples: Annotated[
+        PositiveInt | None, Field(description="Samples to validate with, at most; null: all.")
+    ] = None
     data_folder: Annotated[
         str | None,
         Only(None, reason="name the folder in the data list, a line `folder,annotation.json` (combine)"),
@@ -34,10 +47,10 @@ class BasicParameters(SectionModel):
     ] = None
     data_storage_mode: Annotated[
         Literal["standard", "combine", "sorafeatured", "vace"] | None,
-        NotYet(None, "standard", "combine", reason="stored features and VACE conditions cannot be read yet"),
+        NotYet(None, "standard", "combine", STORED, reason="VACE conditions cannot be read yet"),
         Field(
             description="`combine`: data_path is a data list. `standard`: it is an annotation file. "
-            "`sorafeatured`: samples are stored features. `vace`: videos with VACE's conditions. "
+            "`sorafeatured`: it is the index.json of stored features. `vace`: videos with VACE's conditions. "
             "Default: by the ending of data_path."
         ),
     ] = None
@@ -57,14 +70,35 @@ class BasicParameters(SectionModel):
 
     @model_validator(mode="after")
     def _mode(self) -> Self:
-        annotations = self.data_path.lower().endswith((".json", ".jsonl"))
+        annotations = self.data_path.lower().endswith(ANNOTATION_ENDINGS)
         if self.data_storage_mode == "standard" and not annotations:
-            raise invalid(
-                "data_path", "an annotation file ends in .json or .jsonl; for a data list use combine"
-            )
+            endings = ", ".join(ANNOTATION_ENDINGS)
+            raise invalid("data_path", f"an annotation file ends in {endings}; for a data list use combine")
+        if self.data_storage_mode == STORED and not self.data_path.lower().endswith(".json"):
+            raise invalid("data_path", f"{STORED} needs the index.json that `mm extract-features` wrote")
         if self.data_storage_mode == "combine" and annotations:
             raise invalid("data_path", "combine needs a text file with lines `folder,annotation.json`")
         return self
+
+    @model_validator(mode="after")
+    def _validation(self) -> Self:
+        if self.val_data_path is not None and self.val_rate:
+            raise invalid("val_rate", "val_data_path is given too; validate with one of them")
+        if self.val_max_samples is not None and self.val_data_path is None and not self.val_rate:
+            raise invalid(
+                "val_max_samples", "there is nothing to validate with; give val_data_path or val_rate"
+            )
+        return self
+
+    def of_validation(self) -> dict[str, Any]:
+        """Return the section of the set that `val_data_path` names."""
+        mode = self.data_storage_mode if self.data_storage_mode == STORED else None
+        return {"data_path": self.val_data_path, "data_storage_mode": mode}
+
+    def is_list(self) -> bool:
+        """Whether `data_path` is a data list, rather than one annotation file."""
+        mode = self.data_storage_mode
+        return mode == "combine" or (mode is None and not self.data_path.lower().endswith(ANNOTATION_ENDINGS))
 
 
 class TrainPipeline(SectionModel):
@@ -74,13 +108,15 @@ class TrainPipeline(SectionModel):
         list[TransformConfig], Field(min_length=1, description="What every clip goes through, in order.")
     ]
     first_frame_vae: Annotated[
-        list[TransformConfig] | None,
-        NoEffect(_FIRST_FRAME),
-        Field(description="What the first frame goes through for the autoencoder."),
+        list[FrameTransformConfig] | None,
+        Field(
+            description="What the clip's first frame goes through before it is given to an image-to-video model; `auto` is "
+            "the clip's own size, which it must have in the end."
+        ),
     ] = None
     first_frame_clip: Annotated[
         list[dict[str, Any]] | None,
-        NoEffect(_FIRST_FRAME),
+        NoEffect(_CLIP_FRAME),
         Field(description="What the first frame goes through for CLIP."),
     ] = None
 
@@ -107,12 +143,12 @@ class PreprocessParameters(SectionModel):
     ] = "AvVideo"
     image_reader_type: Annotated[
         str | None,
-        NoEffect("only videos are read", quiet_for=("Image", None)),
+        NoEffect("Pillow reads every image", quiet_for=("Image", None)),
         Field(description="Library that decodes images."),
     ] = None
     image_processer_type: Annotated[
         str | None,
-        NoEffect("only videos are read", quiet_for=("image2video", None)),
+        NoEffect("an image is a video of one frame", quiet_for=("image2video", None)),
         Field(description="How images become samples."),
     ] = None
     use_aesthetic: Annotated[
@@ -123,7 +159,8 @@ class PreprocessParameters(SectionModel):
 
     num_frames: Annotated[int, Field(ge=1, le=100_000, description="Frames of a clip.")] = 16
     min_num_frames: Annotated[
-        int, Field(ge=1, description="Videos with fewer frames (after sampling) are left out.")
+        int,
+        Field(ge=1, description="Videos with fewer frames (after sampling) are left out; images never are."),
     ] = 29
     frame_interval: Annotated[int, Field(ge=1, description="Take every n-th frame.")] = 1
     train_fps: Annotated[
@@ -214,12 +251,9 @@ class PreprocessParameters(SectionModel):
 
 
 class T2VDatasetConfig(SectionModel):
-    """Videos with captions. An annotation is a JSON list of objects with at least `path` and `cap` (a text
-    or several).
+    """Videos and images with captions. Annotations are JSON, JSON Lines, CSV or Parquet with at least `path` and `cap`
+    (a text or several).
     """
-
-    validates: ClassVar[bool] = False
-    """Whether there is a validation set, for `--eval-interval`."""
 
     dataset_type: Annotated[str, Field(description="Id of the dataset.")] = "t2v"
     basic_parameters: Annotated[BasicParameters, Field(description="Where the samples are.")]
@@ -282,6 +316,11 @@ class T2VDatasetConfig(SectionModel):
                 "or give text_preprocess_methods",
             )
         return self
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is a validation set, for `--eval-interval`."""
+        return self.basic_parameters.val_data_path is not None or bool(self.basic_parameters.val_rate)
 
     def text_methods(self) -> tuple[str, ...]:
         """Return the names of the cleaning steps that are applied, in order."""

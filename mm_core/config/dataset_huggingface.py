@@ -231,6 +231,9 @@ class HuggingFaceDatasetConfig(SectionModel):
     #: Where the section says how long a sequence is, which --seq-length says too.
     sequence_length_key: ClassVar[KeyPath] = ("basic_parameters", "cutoff_len")
 
+    has_buckets: ClassVar[bool] = False
+    """Whether samples know their sizes before they are read, for `group_data`."""
+
     dataset_type: Annotated[str, Field(description="Id of the dataset.")] = "huggingface"
     basic_parameters: Annotated[
         ConversationParameters, Field(description="Which conversations, and how they become tokens.")

@@ -21,18 +21,23 @@ class TrainedSigmas:
         high: where the range begins; 1.0 if that is where the grid begins.
         low: where it ends; 0.0 if that is where the grid ends.
         high_key, low_key: keys of the section that say so.
+        boundary: sigma within the range at and above which the high-noise expert works, where both are trained in one
+            job; None where one is.
     """
 
     high: float
     low: float
     high_key: str
     low_key: str
+    boundary: float | None = None
 
     @property
     def edge(self) -> tuple[float, str] | None:
-        """The sigma at which the other expert takes over and its key; None for a run that covers all noise levels or
-        a part in the middle.
+        """The sigma at which the other expert takes over and its key; None for a run of one expert that covers all noise
+        levels or a part in the middle.
         """
+        if self.boundary is not None:
+            return self.boundary, self.low_key
         if self.high >= 1.0 and self.low > 0.0:
             return self.low, self.low_key
         if self.high < 1.0 and self.low <= 0.0:

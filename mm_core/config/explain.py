@@ -188,7 +188,7 @@ def _generation(path: str, manager: PluginManager) -> Iterator[Explained]:
     if draft is None or draft.model is None or _in_the_way(assembly.findings):
         raise ConfigError(sort_findings(assembly.findings))
     job = generation.GenerationJob(
-        draft.model, draft.components, draft.prompts, draft.model.tokenizer, draft.model.load, (), (),
+        draft.model, draft.components, draft.prompts, draft.images, draft.model.tokenizer, draft.model.load, (), (),
         assembly.hooks, tuple(assembly.overwrites), draft.document,
     )  # fmt: skip
     legacy = legacy_paths(CLASSES[Kind.INFERENCE], job.components.values(), job.document)

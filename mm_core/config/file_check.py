@@ -11,12 +11,17 @@ from mm_core.config.document import Document, link_notes, read_document
 from mm_core.config.findings import ConfigError, Finding, sort_findings
 from mm_core.config.generation_job import check_generation_file
 from mm_core.config.kinds import CLASSES, JOB_KINDS, Kind, detect_kind, without_schema
-from mm_core.config.model import COMPONENT_SECTIONS, ModelConfig
+from mm_core.config.model import ModelConfig
 from mm_core.config.parts import Part, find_callbacks, find_part, find_parts, resolve
+from mm_core.config.second_expert import check_both_experts, with_second_expert, without_repeated
 from mm_core.config.section import check_section
 from mm_registry import PluginManager, default_manager
 
-_DATA_PATHS = (("basic_parameters", "data_path", "file"), ("tokenizer_config", "from_pretrained", "folder"))
+_DATA_PATHS = (
+    ("basic_parameters", "data_path", "file"),
+    ("basic_parameters", "val_data_path", "file"),
+    ("tokenizer_config", "from_pretrained", "folder"),
+)
 
 
 def check_file(path: str, *, manager: PluginManager | None = None) -> tuple[Finding, ...]:
@@ -86,7 +91,9 @@ def _check_data(document: Document, assembly: Assembly) -> None:
 
 def _check_model(document: Document, assembly: Assembly, load: str | None) -> None:
     assembly.select(document)
-    parts, findings = find_parts(document, [(name, name) for name in COMPONENT_SECTIONS])
+    written = document
+    document, sections = with_second_expert(document)
+    parts, findings = find_parts(document, sections)
     assembly.findings += findings
     task = document.data.get("task_id", ModelConfig.model_fields["task_id"].default)
     if isinstance(task, str) and task:
@@ -95,6 +102,7 @@ def _check_model(document: Document, assembly: Assembly, load: str | None) -> No
         )
         assembly.findings += findings
     _build(parts, document, assembly, find_callbacks(document), load)
+    assembly.findings = without_repeated(assembly.findings, written)
 
 
 def _build(
@@ -112,5 +120,8 @@ def _build(
     weighted = {name: part for name, part in components.items() if part.role in WITH_WEIGHTS}
     assembly.findings += cross.check_weights(weighted, document, load=load, level="note")
     assembly.findings += cross.check_channels(components, document)
+    if "predictor" in components:
+        assembly.findings += cross.check_conditions(components, document, level="note")
     assembly.findings += cross.check_layers(components, document)
+    assembly.findings += check_both_experts(components, document)
     assembly.findings += cross.check_data_files(document, "note")

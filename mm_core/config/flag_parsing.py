@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from mm_core.config.job_file import JobFile
 
+_COMMA = re.compile(r",(?![^{}]*\})")  # not of a pattern such as blocks.{0-3,7}
 _WHOLE = re.compile(r"[+-]?\d+\Z")
 
 
@@ -260,7 +261,7 @@ def convert(kind: type, texts: list[str]) -> Any:
     if kind is bool:
         return {"": True, "true": True, "false": False}.get(texts[0].lower(), texts[0]) if texts else True
     if kind is list:
-        return [part for text in texts for part in text.split(",") if part]
+        return [part for text in texts for part in _COMMA.split(text) if part]
     text = texts[0]
     if kind is int and _WHOLE.match(text) and len(text) < 30:
         return int(text)

@@ -12,6 +12,7 @@ from mm_core.config.document import Document
 from mm_core.config.environment import launched, read
 from mm_core.config.findings import ConfigError, Finding, clip, closest
 from mm_core.config.flag_help import flag_name, metavar
+from mm_core.config.optimizer_flags import check_optimizer
 from mm_core.config.origin import DEFAULT, Origin
 from mm_core.config.overrides import FLAG_OF, Override
 from mm_core.config.parallel import MODEL_PARALLEL, check_sizes
@@ -215,7 +216,7 @@ def check_together(flags: TrainFlags) -> list[Finding]:
         findings.append(
             flags.finding("finetune", "missing-flag", "needs --load: there are no weights to start from")
         )
-    return [*findings, *check_sizes(flags), *check_machines(flags)]
+    return [*findings, *check_optimizer(flags), *check_sizes(flags), *check_machines(flags)]
 
 
 def check_machines(flags: TrainFlags) -> list[Finding]:

@@ -98,6 +98,18 @@ class Fsdp2Config(SectionModel):
             "(MindSpeed-MM's code: on)."
         ),
     ] = False
+    offload_idle_predictor: Annotated[
+        bool,
+        NoEffect(
+            "offload_to_cpu keeps both predictors there",
+            quiet_for=(False,),
+            when=("offload_to_cpu", True),
+        ),
+        Field(
+            description="Of two predictors that are trained in one job, keep the one that is not at work in host memory: "
+            "its parameters, gradients, momenta and averages."
+        ),
+    ] = False
     num_to_forward_prefetch: Annotated[
         int, Field(ge=0, description="Units that are gathered ahead in the forward pass.")
     ] = 0

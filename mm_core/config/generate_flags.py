@@ -23,7 +23,10 @@ from mm_core.config.origin import KeyPath, Origin
 from mm_core.config.section import SectionModel, check_section
 
 _TRAINING = "only training reads it"
-_ONE_PROCESS = "videos are made by one process"
+_ONE_PROCESS = (
+    "ranks share videos by --context-parallel-size alone, and are started by --nproc-per-node or torchrun"
+)
+_ONE_MACHINE = "mm generate starts ranks on one machine; torchrun starts those of several"
 _DTYPE = "dtype in the inference file decides"
 _PROMPTS = "the inference file names tokenizer and prompts"
 _LOCK = "only `mm train` compares the plugins with a lock"
@@ -38,34 +41,33 @@ _OF_TRAINING = (
     table.PrecisionFlags,
     table.LogFlags,
 )
-_ADAPTER = "adapters are not added to a network while videos are made; `mm convert --merge-lora` writes one with its adapter"
 _MARKS: dict[str, Any] = {
-    **dict.fromkeys(("lora_target_modules", "lora_target_parameters"), NotYet(None, (), reason=_ADAPTER)),
-    **dict.fromkeys(("lora_load", "load_base_model"), NotYet(None, reason=_ADAPTER)),
+    **dict.fromkeys(
+        ("lora_target_modules", "lora_target_parameters"), NoEffect("the adapter of --lora-load tells them")
+    ),
+    "load_base_model": NoEffect(
+        "--load, or from_pretrained in the inference file, names the weights under an adapter"
+    ),
     **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout"), NoEffect("it is of LoRA's training")),
     "bf16": NoEffect(_DTYPE),
     "fp16": NoEffect(_DTYPE),
     "finetune": NoEffect("only weights are loaded", quiet_for=(True,)),
     "locked": Only(False, reason=_LOCK),
     "lock_file": Only(None, reason=_LOCK),
-    "nproc_per_node": Only(None, 1, reason=_ONE_PROCESS),
-    "nnodes": Only(None, 1, reason=_ONE_PROCESS),
+    "nnodes": Only(None, 1, reason=_ONE_MACHINE),
     **dict.fromkeys(
         (
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
             "virtual_pipeline_model_parallel_size",
-            "context_parallel_size",
             "expert_model_parallel_size",
         ),
         Only(1, reason=_ONE_PROCESS),
     ),
-    "context_parallel_algo": NoEffect(_ONE_PROCESS),
-    "node_rank": NoEffect(_ONE_PROCESS),
-    "master_addr": NoEffect(_ONE_PROCESS),
-    "master_port": NoEffect(_ONE_PROCESS),
-    "distributed_backend": NoEffect(_ONE_PROCESS),
-    "distributed_timeout_minutes": NoEffect(_ONE_PROCESS),
+    **dict.fromkeys(("node_rank", "master_addr", "master_port"), NoEffect(_ONE_MACHINE)),
+    **dict.fromkeys(
+        ("distributed_backend", "distributed_timeout_minutes"), NoEffect("ranks meet with the defaults")
+    ),
     "use_torch_fsdp2": NoEffect("nothing is sharded in generation"),
     **dict.fromkeys(("tokenizer_type", "tokenizer_model", "tokenizer_name_or_path"), NoEffect(_PROMPTS)),
     "seq_length": NoEffect("model_max_length of the inference file's tokenizer says how long a prompt is"),

@@ -19,6 +19,7 @@ from mm_core.config.findings import (
     sort_findings,
     unavailable_is_error,
 )
+from mm_core.config.given_frames import Images, check_conditions_made, check_given_frames, read_images
 from mm_core.config.inference import InferenceConfig
 from mm_core.config.kinds import Kind, read_kind
 from mm_core.config.model import COMPONENT_SECTIONS
@@ -26,6 +27,8 @@ from mm_core.config.origin import KeyPath, Origin, dotted
 from mm_core.config.parts import Part, config_class, find_parts
 from mm_core.config.prompts import read_prompts
 from mm_core.config.resolved import component_values, legacy_paths, origins_of, place, plain
+from mm_core.config.second_expert import with_second_expert
+from mm_core.config.secrets import without_secrets
 from mm_core.config.section import check_section
 from mm_core.config.tokenizer import TokenizerConfig
 from mm_registry import PluginManager, RegistryError, default_manager
@@ -49,22 +52,26 @@ class GenerationJob:
             `text_encoder` (or `text_encoder.0`, …), `diffusion`. The pipeline's fields are pipeline_config
             and the keys in `PIPELINE_KEYS` that its config class declares.
         prompts: one for each video to make.
+        images: files of their first and last frames, if there are any.
         tokenizer: settings of the tokenizer.
-        load: run or checkpoint with the predictor's weights, or None.
+        load: run, checkpoint or folder with the predictor's weights, or two, of both experts; or None.
         findings, plugins, hooks, overwrites: as in a training job.
         document: the file as read, with overrides and patches.
+        source: the file as read, with overrides alone: what makes the same job again.
     """
 
     model: InferenceConfig
     components: Mapping[str, ComponentConfig]
     prompts: tuple[str, ...]
+    images: Images
     tokenizer: TokenizerConfig
-    load: str | None
+    load: str | list[str] | None
     findings: tuple[Finding, ...]
     plugins: tuple[tuple[str, str], ...]
     hooks: ActiveHooks
     overwrites: tuple[Overwrite, ...]
     document: Document = field(repr=False)
+    source: Mapping[str, Any] = field(repr=False, default_factory=dict)
 
     def resolved(self) -> dict[str, Any]:
         """Return the whole configuration, JSON-able: every value, where it was written, and what hooks
@@ -94,6 +101,7 @@ class GenerationDraft:
     model: InferenceConfig | None = None
     components: dict[str, ComponentConfig] = field(default_factory=dict)
     prompts: tuple[str, ...] = ()
+    images: Images = field(default_factory=Images)
 
 
 def load_generation_job(
@@ -110,8 +118,36 @@ def load_generation_job(
         ConfigError: with everything that is wrong.
     """
     assembly = Assembly(manager or default_manager())
-    document = read_kind(str(path), Kind.INFERENCE)
-    draft = draft_generation_job(_override(document, overrides or {}), assembly, to_run=True)
+    return _job(_override(read_kind(str(path), Kind.INFERENCE), overrides or {}), assembly)
+
+
+def repeated_generation_job(
+    source: Mapping[str, Any],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    manager: PluginManager | None = None,
+) -> GenerationJob:
+    """Check an inference file again that was stored with a video, as `GenerationJob.source`.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    return _job(
+        _override(Document.from_data(source), overrides or {}), Assembly(manager or default_manager())
+    )
+
+
+def generation_job_of(document: Document, *, manager: PluginManager | None = None) -> GenerationJob:
+    """Check an inference file that was read already, and perhaps changed.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    return _job(document, Assembly(manager or default_manager()))
+
+
+def _job(document: Document, assembly: Assembly) -> GenerationJob:
+    draft = draft_generation_job(document, assembly, to_run=True)
     findings = sort_findings(unavailable_is_error(assembly.findings))
     if has_errors(findings):
         raise ConfigError(findings)
@@ -120,6 +156,7 @@ def load_generation_job(
         draft.model,
         draft.components,
         draft.prompts,
+        draft.images,
         draft.model.tokenizer,
         draft.model.load,
         findings,
@@ -127,6 +164,7 @@ def load_generation_job(
         assembly.hooks,
         tuple(assembly.overwrites),
         draft.document,
+        without_secrets(document.data),
     )
 
 
@@ -160,7 +198,7 @@ def draft_generation_job(document: Document, assembly: Assembly, *, to_run: bool
     assembly.findings += checked.findings
     copied = isinstance(document.data.get("low_noise_predictor"), str)
     assembly.select(document)
-    document, sections = _with_second_expert(document)
+    document, sections = with_second_expert(document)
     parts, findings = find_parts(document, sections)
     assembly.findings += findings
     pipeline = document.data.get("pipeline_class")
@@ -180,32 +218,28 @@ def draft_generation_job(document: Document, assembly: Assembly, *, to_run: bool
         draft.model = draft.model.model_copy(update={name: merged.data[name] for name in COMPONENT_SECTIONS})
         draft.components = _with_dtype(draft.components, draft.model.dtype)
     assembly.findings += _cross_checks(draft, to_run=to_run)
-    if draft.model is not None and draft.model.prompt is not None:
-        draft.prompts, found = read_prompts(draft.model.prompt, document)
-        assembly.findings += found if to_run else [_as_note(finding) for finding in found]
-    elif draft.model is not None and to_run:
-        text = "there is no prompt"
-        assembly.findings.append(
-            Finding("error", "no-prompt", text, document.path, path="prompt", suggestion='Add --prompt "…"')
-        )
+    found = _read_inputs(draft, to_run=to_run)
+    assembly.findings += found if to_run else [_as_note(finding) for finding in found]
     return draft
 
 
-def _with_second_expert(document: Document) -> tuple[Document, list[tuple[str, str]]]:
-    """Make a section of `low_noise_predictor` when it is a folder: the predictor's, with its weights from
-    there.
-    """
-    sections = [(name, name) for name in COMPONENT_SECTIONS]
-    second = document.data.get("low_noise_predictor")
-    if second is None:
-        return document, sections
-    predictor = document.data.get("predictor")
-    if isinstance(second, str) and isinstance(predictor, Mapping):
-        path: KeyPath = ("low_noise_predictor",)
-        origin = document.origin(path)
-        section = {key: value for key, value in predictor.items() if key != "init"}
-        document = document.replaced(path, {**section, "from_pretrained": second}, origin)
-    return document, [*sections, ("low_noise_predictor", "predictor")]
+def _read_inputs(draft: GenerationDraft, *, to_run: bool) -> list[Finding]:
+    """Read the prompts and the names of the images, as many of each as there are videos."""
+    if draft.model is None:
+        return []
+    document = draft.document
+    findings: list[Finding] = []
+    if draft.model.prompt is not None:
+        draft.prompts, findings = read_prompts(draft.model.prompt, document)
+    elif to_run:
+        mend = 'Add --prompt "…"'
+        findings.append(
+            Finding("error", "no-prompt", "there is no prompt", document.path, path="prompt", suggestion=mend)
+        )
+    draft.images, inputs, wrong = read_images(document, len(draft.prompts))
+    if len(draft.prompts) == 1:
+        draft.prompts *= inputs
+    return findings + wrong
 
 
 def _with_pipeline_keys(document: Document, parts: Iterable[Part], assembly: Assembly) -> Document:
@@ -249,14 +283,22 @@ def _cross_checks(draft: GenerationDraft, *, to_run: bool) -> list[Finding]:
     load, boundary = document.data.get("load"), document.data.get("boundary_ratio")
     second = document.data.get("low_noise_predictor")
     findings = list(cross.check_folders(draft.components.values(), document, level))
-    findings += cross.check_weights(draft.components, document, load=load, level=level)
+    findings += cross.check_weights(
+        draft.components, document, load=load, level=level, loaded=("predictor", "low_noise_predictor")
+    )
     findings += cross.check_channels(draft.components, document)
     findings += cross.check_video_size(draft.components, document)
     tokens = draft.model.tokenizer.model_max_length if draft.model else None
     place = ("tokenizer", "model_max_length")
     findings += cross.check_text(draft.components, document, tokens, document, place)
     findings += cross.check_path(document, ("tokenizer", "from_pretrained"), "folder", level)
-    findings += cross.check_path(document, ("load",), "folder or file", level)
+    places: list[KeyPath] = [("load", 0), ("load", 1)] if isinstance(load, list) else [("load",)]
+    for each in places:
+        findings += cross.check_path(document, each, "folder or file", level)
+    if draft.model is not None and "predictor" in draft.components:
+        predictor = draft.components["predictor"]
+        findings += check_given_frames(predictor, document, draft.model.task, level)
+        findings += check_conditions_made(draft.components, document, level)
     if (boundary is None) != (second is None):
         given, wanted = "low_noise_predictor", "boundary_ratio"
         if second is None:

@@ -5,17 +5,21 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import Field, model_validator
 
 from mm_core.config.dtypes import DType
-from mm_core.config.keys import NoEffect, NotYet, Only
+from mm_core.config.keys import NoEffect, Only
 from mm_core.config.patch import PatchConfig
 from mm_core.config.plugins import Name, PluginsConfig
 from mm_core.config.section import SectionModel, invalid
 from mm_core.config.text import TextMethods, method_names
 from mm_core.config.tokenizer import TokenizerConfig
 
-_CONDITION = "so far videos are made from a text alone"
 _SHORT_FORM = ("basic_clean", "whitespace_clean")
-_NotYet = NotYet(None, reason=_CONDITION)
+_OTHER_PIPELINES = Only(
+    None,
+    reason="it is of pipelines of other models; here a video is made from a text and, if the model takes them, its first "
+    "and last frame (image, last_image)",
+)
 _Text: TypeAlias = Annotated[str, Field(min_length=1)]
+_Files: TypeAlias = _Text | Annotated[list[_Text], Field(min_length=1)]
 
 
 class InferenceConfig(SectionModel):
@@ -69,7 +73,11 @@ class InferenceConfig(SectionModel):
         Field(gt=0.0, lt=1.0, description="Sigma at and above which the high-noise expert denoises."),
     ] = None
     load: Annotated[
-        str | None, Field(min_length=1, description="Run or checkpoint with the predictor's weights.")
+        _Text | Annotated[list[_Text], Field(min_length=2, max_length=2)] | None,
+        Field(
+            description="Run, checkpoint or folder with the predictor's weights, and with those of both experts if it was "
+            "trained with both; or two, of the high-noise and the low-noise expert."
+        ),
     ] = None
     predictor: Annotated[dict[str, Any], Field(description="The network that denoises.")]
     low_noise_predictor: Annotated[
@@ -91,55 +99,76 @@ class InferenceConfig(SectionModel):
         ),
     ] = Field(default_factory=list)
     task: Annotated[
-        Literal["t2v", "i2v"],
-        NotYet("t2v", reason=_CONDITION),
-        Field(description="What conditions the model sees: a text, or a text and a first frame."),
-    ] = "t2v"
+        Literal["t2v", "i2v"] | None,
+        Field(
+            description="What the model sees: a text, or a text and a first frame; checked against `image`. None: as "
+            "`image` says."
+        ),
+    ] = None
     patch: Annotated[PatchConfig, Field(description="MindSpeed-MM's switches for replaced functions.")] = (
         Field(default_factory=PatchConfig)
     )
 
     image: Annotated[
-        _Text | Annotated[list[_Text], Field(min_length=1)] | None,
-        _NotYet,
-        Field(description="First frame: a file, a list of files, or a .txt file with one of them a line."),
-    ] = None
-    video: Annotated[
-        _Text | Annotated[list[_Text], Field(min_length=1)] | None,
-        _NotYet,
+        _Files | None,
         Field(
-            description="Video to begin with: a file, a list of files, or a .txt file with one of them a line."
+            description="First frame: a file, a list of files, or a .txt file with one of them a line; as many as prompts, "
+            "or one for all."
         ),
     ] = None
-    start_frame: Annotated[
-        Annotated[int, Field(ge=0)] | None,
-        _NotYet,
-        Field(description="Frame of the video to begin with."),
+    last_image: Annotated[
+        _Files | None,
+        Field(description="Last frame, as `image`; for models that are given both ends."),
+    ] = None
+    dual_image: Annotated[
+        _Text
+        | Annotated[list[_Text], Field(min_length=1)]
+        | Annotated[list[list[_Text]], Field(min_length=1)]
+        | None,
+        Field(
+            description="First and last frame in one key: a pair of files, a list of pairs, or a .txt file with "
+            "`first,last` a line."
+        ),
+    ] = None
+    crop_for_hw: Annotated[
+        bool | None,
+        Field(
+            description="Cut the given frames to the video's aspect ratio before they are scaled; otherwise they are "
+            "stretched."
+        ),
+    ] = None
+    max_hxw: Annotated[
+        Annotated[int, Field(ge=1)] | None,
+        Field(
+            description="Let the first frame's aspect ratio decide height and width, with at most so many pixels; "
+            "input_size then says the number of frames alone."
+        ),
     ] = None
     num_frames: Annotated[
         Annotated[int, Field(ge=1)] | None,
         Only(None, reason="the number of frames is the first of pipeline_config.input_size"),
         Field(description="Frames of the video."),
     ] = None
+    video: Annotated[
+        _Files | None,
+        _OTHER_PIPELINES,
+        Field(description="Video to begin with."),
+    ] = None
+    start_frame: Annotated[
+        Annotated[int, Field(ge=0)] | None,
+        _OTHER_PIPELINES,
+        Field(description="Frame of the video to begin with."),
+    ] = None
     strength: Annotated[
         Annotated[float, Field(ge=0.0, le=1.0)] | None,
-        _NotYet,
+        _OTHER_PIPELINES,
         Field(description="How much of the given video is replaced, from 0 to 1."),
     ] = None
-    dual_image: Annotated[Any, _NotYet, Field(description="First and last frame, for flf2v models.")] = None
     conditional_pixel_values_path: Annotated[
-        Any, _NotYet, Field(description="Files of the frames that a video is filled in between.")
+        Any, _OTHER_PIPELINES, Field(description="Files of the frames that a video is filled in between.")
     ] = None
-    mask_type: Annotated[Any, _NotYet, Field(description="Which frames are given and which are made.")] = None
-    crop_for_hw: Annotated[
-        bool | None,
-        NotYet(None, False, reason=_CONDITION),
-        Field(description="Crop the given frames to the size."),
-    ] = None
-    max_hxw: Annotated[
-        Annotated[int, Field(ge=1)] | None,
-        _NotYet,
-        Field(description="Largest area of the given frames, in pixels."),
+    mask_type: Annotated[
+        Any, _OTHER_PIPELINES, Field(description="Which frames are given and which are made.")
     ] = None
 
     @model_validator(mode="after")
@@ -153,6 +182,11 @@ class InferenceConfig(SectionModel):
             raise invalid(
                 "frame_interval",
                 f"must be at most fps ({self.fps}): the video has fps / frame_interval frames a second",
+            )
+        if self.crop_for_hw and self.max_hxw is not None:
+            raise invalid(
+                "max_hxw",
+                "the first frame decides the size, so there is nothing to cut; set crop_for_hw to false or leave max_hxw out",
             )
         return self
 

@@ -38,12 +38,21 @@ from mm_core.config.overrides import FLAG_OF, SECTIONS
 from mm_core.config.parallel import EXPERTS_KEY, ParallelSizes, with_expert_flag
 from mm_core.config.parts import Part, find_callbacks, find_part, find_parts
 from mm_core.config.resolved import component_values, legacy_paths, origins_of, place, plain
+from mm_core.config.sample_videos import check_sample_flags, read_samples
+from mm_core.config.second_expert import (
+    SECOND,
+    check_both_experts,
+    check_idle,
+    with_second_expert,
+    without_repeated,
+)
 from mm_core.config.section import check_section
 from mm_core.config.tools import ToolsConfig
 from mm_core.config.transformers_model import TransformersModelConfig
 from mm_registry import PluginManager, default_manager
 
 if TYPE_CHECKING:
+    from mm_core.config.generation_job import GenerationJob
     from mm_core.config.overwrite import Overwrite
     from mm_registry.hooks import ActiveHooks
     from mm_registry.spec import EntrySpec
@@ -67,6 +76,7 @@ class TrainingJob:
         hooks: activated hooks of those.
         overwrites: what hooks changed.
         documents: the files as read and patched: `model`, `data`, `tools`, `fsdp2`.
+        samples: the inference file of the videos that are made while it trains.
     """
 
     model: ModelConfig | TransformersModelConfig
@@ -81,6 +91,7 @@ class TrainingJob:
     hooks: ActiveHooks
     overwrites: tuple[Overwrite, ...]
     documents: Mapping[str, Document] = field(repr=False)
+    samples: GenerationJob | None = field(default=None, repr=False)
 
     @property
     def parallel(self) -> ParallelSizes:
@@ -141,6 +152,7 @@ class TrainingDraft:
     fsdp2: Fsdp2Config | None = None
     components: dict[str, ComponentConfig] = field(default_factory=dict)
     callbacks: tuple[EntrySpec, ...] = ()
+    samples: GenerationJob | None = None
 
 
 def load_training_job(flags: TrainFlags, *, manager: PluginManager | None = None) -> TrainingJob:
@@ -171,6 +183,7 @@ def load_training_job(flags: TrainFlags, *, manager: PluginManager | None = None
         assembly.hooks,
         tuple(assembly.overwrites),
         draft.documents,
+        draft.samples,
     )
 
 
@@ -242,13 +255,16 @@ def draft_training_job(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -
         draft.model, draft.components = found_model.section, found_model.components
         draft.callbacks, networks = found_model.callbacks, found_model.parts
         model = None  # the rest is about the parts of a diffusion model
+    written_model = model
+    if model is not None:
+        model, _ = with_second_expert(model)
     parts, data_parts = _find(assembly, model, data)
     parts = assembly.resolve_all(parts, model) if model else []
     data_parts = assembly.resolve_all(data_parts, data) if data else []
     callbacks = assembly.resolve_all(find_callbacks(model), model) if model else []
     if model is not None:
         draft.callbacks = tuple(part.spec for part in callbacks if part.spec is not None)
-        draft.model = _check(assembly, ModelConfig, model, draft, "model")
+        draft.model = _check(assembly, ModelConfig, written_model, draft, "model")
     draft.data = _check(assembly, DataConfig, data, draft, "data")
     draft.tools = _check(assembly, ToolsConfig, tools, draft, "tools")
     draft.fsdp2 = _check(assembly, Fsdp2Config, fsdp2, draft, "fsdp2")
@@ -258,10 +274,13 @@ def draft_training_job(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -
     assembly.activate([*networks, *parts, *data_parts, *callbacks], draft.documents.get("model") or _EMPTY)
     if model is not None:
         model, components = assembly.build([part for part in parts if part.role != "task"], model)
+        assembly.findings = without_repeated(assembly.findings, written_model)
         draft.documents["model"], draft.components = model, components
         if isinstance(draft.model, ModelConfig):
             draft.model = draft.model.model_copy(
-                update={name: model.data[name] for name in COMPONENT_SECTIONS if name in model.data}
+                update={
+                    name: model.data[name] for name in (*COMPONENT_SECTIONS, SECOND) if name in model.data
+                }
             )
     if data is not None:
         data, components = assembly.build(data_parts, data)
@@ -272,7 +291,11 @@ def draft_training_job(flags: TrainFlags, assembly: Assembly, *, to_run: bool) -
     for part in parts:
         if part.role == "task" and part.spec is not None:
             draft.components["task"] = ComponentConfig("task", part.id, part.spec, path=part.path)
-    assembly.findings += _cross_checks(draft, ranks, to_run=to_run)
+    assembly.findings += [*_cross_checks(draft, ranks, to_run=to_run), *check_sample_flags(draft.flags)]
+    if flags.sample_config is not None and draft.components:
+        draft.samples, found = read_samples(draft.flags, draft.components, assembly.manager)
+        assembly.findings += found
+    draft.components = {n: c for n, c in draft.components.items() if not cross.is_loaded(n, draft.model)}
     return draft
 
 
@@ -311,7 +334,7 @@ def _find(assembly: Assembly, model: Document | None, data: Document | None) -> 
     parts: list[Part] = []
     data_parts: list[Part] = []
     if model is not None:
-        parts, findings = find_parts(model, [(name, name) for name in COMPONENT_SECTIONS])
+        parts, findings = find_parts(model, with_second_expert(model)[1])
         assembly.findings += findings
         task = model.data.get("task_id", ModelConfig.model_fields["task_id"].default)
         if isinstance(task, str) and task:
@@ -332,25 +355,36 @@ def _cross_checks(draft: TrainingDraft, ranks: int, *, to_run: bool) -> list[Fin
         models = {
             name: c for name, c in draft.components.items() if c.role not in {"dataset", *WITHOUT_SECTION}
         }
-        findings += cross.check_folders(models.values(), model)
+        built = {name: c for name, c in models.items() if not cross.is_loaded(name, draft.model)}
+        findings += cross.check_folders(built.values(), model)
         findings += cross.check_weights(
-            models, model, load=weights_given(flags), level="error" if to_run else "note"
+            built, model, load=weights_given(flags), level="error" if to_run else "note"
         )
         findings += cross.check_channels(models, model)
+        findings += cross.check_conditions(models, model, data)
         findings += cross.check_layers(models, model, flags)
+        findings += check_both_experts(models, model, flags)
+        findings += cross.check_encode_ahead(model, flags)
         place = ("dataset_param", "tokenizer_config", "model_max_length")
         dataset = draft.components.get("dataset")
         if dataset is not None and data is not None:
             findings += cross.check_clip_size(models, dataset, data)
         tokens = dataset.fields.get("tokenizer_config", {}).get("model_max_length") if dataset else None
         findings += cross.check_text(models, model, tokens, data or _EMPTY, place)
+        if isinstance(draft.model, ModelConfig) and data is not None:
+            findings += cross.check_features(draft.model, model, data, draft.components)
     if data is not None:
-        findings += cross.check_path(data, ("dataset_param", "basic_parameters", "data_path"), "file")
+        for key in ("data_path", "val_data_path"):
+            findings += cross.check_path(data, ("dataset_param", "basic_parameters", key), "file")
         findings += cross.check_data_files(data)
+        findings += cross.check_groups(draft.components.get("dataset"), data)
         findings += cross.check_sequence_length(draft.components.get("dataset"), data, flags)
-        findings += cross.check_path(data, ("dataset_param", "tokenizer_config", "from_pretrained"), "folder")
+        if not cross.is_loaded("text_encoder", draft.model):
+            place = ("dataset_param", "tokenizer_config", "from_pretrained")
+            findings += cross.check_path(data, place, "folder")
     findings += cross.check_validation(draft.components.get("dataset"), flags)
     if draft.fsdp2 is not None:
+        findings += check_idle(draft.components, draft.fsdp2, draft.documents["fsdp2"])
         draft.fsdp2, found = with_precision(draft, draft.fsdp2)
         findings += found
         draft.fsdp2, found = with_recomputation(draft, draft.fsdp2)

@@ -29,8 +29,8 @@ class NoEffect:
     """The key is accepted and does nothing here: a note with `reason` when the user writes it.
 
     `quiet_for` are values that deserve no note, because they ask for nothing (`NoEffect("…",
-    quiet_for=(False,))`). `when` is another key of the section and the value of it with which this key does
-    nothing; without it, it never does anything.
+    quiet_for=(False,))`). `when` is another key of the section and the value of it, or a tuple of values, with which
+    this key does nothing; without it, it never does anything.
     """
 
     reason: str
@@ -127,4 +127,5 @@ def _among(value: Any, values: tuple[Any, ...]) -> bool:
 def _is(condition: tuple[str, Any], section: type[BaseModel], values: Mapping[str, Any]) -> bool:
     """Whether a key of the section has a value, written or by default."""
     key, value = condition
-    return bool(values.get(key, section.model_fields[key].default) == value)
+    own = values.get(key, section.model_fields[key].default)
+    return own in value if isinstance(value, tuple) else bool(own == value)

@@ -5,12 +5,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mm_core.config.keys import NoEffect, NotYet, Only
+from mm_core.config.keys import NoEffect, NotYet
 from mm_core.config.patch import PatchConfig
 from mm_core.config.plugins import Name, PluginsConfig
 from mm_core.config.section import SectionModel
-
-_FEATURES = "{} are encoded during training, not yet read from stored features"
 
 
 class ModelConfig(SectionModel):
@@ -23,17 +21,19 @@ class ModelConfig(SectionModel):
 
     load_video_features: Annotated[
         bool,
-        NotYet(False, reason=_FEATURES.format("videos")),
-        Field(description="Whether the samples are latents already, so that no autoencoder is built."),
+        Field(
+            description="Whether the samples are latents that `mm extract-features` stored, so that no autoencoder is built."
+        ),
     ] = False
     load_text_features: Annotated[
         bool,
-        NotYet(False, reason=_FEATURES.format("captions")),
-        Field(description="Whether the captions are embeddings already, so that no text encoder is built."),
+        Field(
+            description="Whether the captions are embeddings that `mm extract-features` stored, so that no text encoder is "
+            "built."
+        ),
     ] = False
     task: Annotated[
         Literal["t2v", "i2v"],
-        NotYet("t2v", reason="so far only text-to-video models can be trained"),
         Field(
             description="What conditions the model sees: a text (`t2v`), or a text and a first frame (`i2v`, also for "
             "models of type `ti2v` and `flf2v`)."
@@ -63,22 +63,27 @@ class ModelConfig(SectionModel):
         Field(description="Text encoder or several of them, frozen."),
     ] = None
     low_noise_predictor: Annotated[
-        Any,
-        Only(None, reason="one expert is trained at a time; the other belongs in the inference file"),
-        Field(description="Second expert, in inference files."),
+        str | dict[str, Any] | None,
+        Field(
+            description="Second expert, trained in the same job: its folder of weights, or a section like predictor's. It "
+            "learns the noise levels below diffusion's `boundary`."
+        ),
     ] = None
     encoder_offload_interval: Annotated[
         int,
         Field(
             ge=1,
-            description="Micro batches whose captions are encoded at once, the encoder being away between.",
+            le=4096,
+            description="Micro batches that are encoded at once; between, autoencoder and text encoder rest in host memory. "
+            "1: they stay on the device.",
         ),
-        NoEffect("the encoders stay on the device and encode each micro batch", quiet_for=(1,)),
     ] = 1
     enable_encoder_dp: Annotated[
         bool,
-        NoEffect("each rank encodes its own samples", quiet_for=(False,)),
-        Field(description="Share the encoding among the ranks that hold parts of one model."),
+        Field(
+            description="Share the encoding among the ranks that train on the same micro batches (context and tensor "
+            "parallelism)."
+        ),
     ] = False
     interleaved: Annotated[
         bool,

@@ -21,7 +21,7 @@ from mm_registry.manager import PluginManager
 from mm_registry.spec import EntrySpec
 
 #: Sections inside a component's section that name a component themselves: role -> (key, role, key of the id).
-_NESTED = {"ae": (("i2v_processor", "i2v_processor", "processor_id"),)}
+NESTED = {"ae": (("i2v_processor", "i2v_processor", "processor_id"),)}
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def find_parts(document: Document, sections: Sequence[tuple[str, str]]) -> tuple
             findings += found
             if part is not None:
                 parts.append(part)
-            for inner, inner_role, id_key in _NESTED.get(role, ()):
+            for inner, inner_role, id_key in NESTED.get(role, ()):
                 where = (*path, inner)
                 if not document.has(where) or document.value(where) is None:
                     continue

@@ -24,6 +24,7 @@ PATH_KEYS = frozenset(
         "load_checkpoint_path",
         # data
         "data_path",
+        "val_data_path",
         "data_folder",
         "model_name_or_path",
         "dataset_dir",
@@ -45,6 +46,7 @@ PATH_KEYS = frozenset(
         "ref_model",
         "tensorboard_dir",
         "lock_file",
+        "sample_config",
     }
 )
 #: Keys whose value may be several paths, with commas between them.

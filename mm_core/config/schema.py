@@ -14,6 +14,7 @@ from mm_core.config.flags import TrainFlags
 from mm_core.config.job_file import KEYS, TOOL_PATH
 from mm_core.config.kinds import CLASSES, Kind
 from mm_core.config.model import COMPONENT_SECTIONS
+from mm_core.config.parts import NESTED
 from mm_core.config.schema_components import Component, Made, components, enumerate_values, ids_of, refer
 from mm_core.config.schema_fields import Schema
 from mm_registry import PluginManager, default_manager
@@ -28,12 +29,13 @@ KINDS: Mapping[str, Kind] = {
     "transformers": Kind.TRANSFORMERS,
     "job": Kind.JOB,
 }
+_NESTED = tuple(dict.fromkeys(role for inner in NESTED.values() for _, role, _ in inner))
 _ROLES: Mapping[Kind, tuple[str, ...]] = {
-    Kind.MODEL: COMPONENT_SECTIONS,
-    Kind.INFERENCE: (*COMPONENT_SECTIONS, "pipeline"),
+    Kind.MODEL: (*COMPONENT_SECTIONS, *_NESTED),
+    Kind.INFERENCE: (*COMPONENT_SECTIONS, *_NESTED, "pipeline"),
     Kind.DATA: ("dataset",),
     Kind.TRANSFORMERS: ("transformers_model",),
-    Kind.JOB: (*COMPONENT_SECTIONS, "dataset", "transformers_model"),
+    Kind.JOB: (*COMPONENT_SECTIONS, *_NESTED, "dataset", "transformers_model"),
 }
 _FLAGS = ("gpt_args", "flags", "lora_args")
 _FOR_EDITORS = {"$schema": {"type": "string", "description": "For editors: the place of this schema."}}
@@ -70,6 +72,9 @@ def _model(made: Made, kind: Kind, manager: PluginManager) -> Schema:
         section: Schema = {"$ref": f"#/$defs/{role}"}
         listed = {"type": "array", "minItems": 1, "items": section}
         refer(properties, role, {"anyOf": [section, listed]} if role == "text_encoder" else section)
+    if kind in (Kind.MODEL, Kind.INFERENCE):
+        second = [{"type": "string"}, {"$ref": "#/$defs/predictor"}, {"type": "null"}]
+        refer(properties, "low_noise_predictor", {"anyOf": second})
     if kind is Kind.MODEL:
         enumerate_values(properties["task_id"], ids_of("task", manager))
         enumerate_values(properties["callbacks"]["items"], ids_of("callback", manager))
@@ -78,8 +83,6 @@ def _model(made: Made, kind: Kind, manager: PluginManager) -> Schema:
 
 def _inference(made: Made, kind: Kind, manager: PluginManager) -> Schema:
     top = _model(made, kind, manager)
-    second = [{"type": "string"}, {"$ref": "#/$defs/predictor"}, {"type": "null"}]
-    refer(top["properties"], "low_noise_predictor", {"anyOf": second})
     enumerate_values(top["properties"]["pipeline_class"], ids_of("pipeline", manager))
     top["allOf"] = [*top.get("allOf", []), *made.pipelines()]
     return top

@@ -11,11 +11,11 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from mm_core import __version__
-from mm_core.config.component import WITH_WEIGHTS, IdKeys, WeightKeys
+from mm_core.config.component import ID_KEYS, WITH_WEIGHTS, IdKeys, WeightKeys
 from mm_core.config.generation_job import PIPELINE_KEYS
 from mm_core.config.model import COMPONENT_SECTIONS
 from mm_core.config.origin import KeyPath
-from mm_core.config.parts import Part, config_class
+from mm_core.config.parts import NESTED, Part, config_class
 from mm_core.config.schema_fields import Marked, Schema, Unmarked
 from mm_registry import PluginManager, RegistryError, default_manager
 from mm_registry.groups import ALIASES, HOOKS, ROLES
@@ -25,7 +25,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 #: What `$comment` of every schema begins with; by it a file is known to be one of ours.
 WRITTEN = "Written by `mm schema "
 #: Roles whose components have a section.
-SECTION_ROLES = (*COMPONENT_SECTIONS, "dataset", "pipeline")
+SECTION_ROLES = (*COMPONENT_SECTIONS, "i2v_processor", "dataset", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class Made:
             name = plain if plain not in taken else f"{plain}.{component.spec.distribution}"
             taken.add(name)
             self._names[id(component)] = name
-            self.defs[name] = self.section(component)
+        for component in self.found:  # a section may refer to others
+            self.defs[self.name(component)] = self.section(component)
 
     def name(self, component: Component) -> str:
         """The name of a component's definition."""
@@ -165,6 +166,9 @@ class Made:
             own = self.of(cls)
             if template := getattr(cls, "chat_template_key", None):
                 self._choose_template(own, template)
+            for key, inner, _ in NESTED.get(role, ()):
+                if key in own["properties"] and any(item.role == inner for item in self.found):
+                    refer(own["properties"], key, {"anyOf": [{"$ref": f"#/$defs/{inner}"}, {"type": "null"}]})
             own["description"] = " ".join(filter(None, [own.get("description", ""), f"A {about}."]))
         required = [key for key in own.get("required", ()) if key not in core]
         if role == "pipeline":
@@ -233,7 +237,7 @@ class Made:
 
 
 def _id_key(role: str) -> str:
-    return "dataset_type" if role == "dataset" else "model_id"
+    return ID_KEYS.get(role, "model_id")
 
 
 def _says(key: str, component: Component) -> Schema:

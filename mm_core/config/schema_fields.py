@@ -71,7 +71,9 @@ def _marked(made: Schema, field: Any) -> Schema:
             made["deprecated"] = True
             said.append(f"Without effect here: {idle.reason}.")
         else:
-            said.append(f"Without effect with {idle.when[0]} {show(idle.when[1])}: {idle.reason}.")
+            condition = idle.when[1]
+            shown = _listed(condition) if isinstance(condition, tuple) else show(condition)
+            said.append(f"Without effect with {idle.when[0]} {shown}: {idle.reason}.")
     for old in markers(field, Legacy):
         made["deprecated"] = True
         said.append(f'An old spelling of "{old.new}".')

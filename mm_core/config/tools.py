@@ -112,7 +112,7 @@ class MemoryProfileConfig(SectionModel):
 
 
 class FeaturesConfig(SectionModel):
-    """`sorafeature`: where MindSpeed-MM's extraction of features writes them."""
+    """`sorafeature`: where `mm extract-features` writes, unless --output says it."""
 
     save_path: Annotated[str | None, Field(min_length=1, description="Folder of the features.")] = None
     extract_video_feature: Annotated[
@@ -134,6 +134,6 @@ class ToolsConfig(SectionModel):
     )
     sorafeature: Annotated[
         FeaturesConfig | None,
-        NoEffect("features are not extracted during training"),
-        Field(description="Where extracted features go."),
+        NoEffect("`mm extract-features` alone reads it, for its --output"),
+        Field(description="Where `mm extract-features` writes."),
     ] = None

@@ -120,3 +120,7 @@ TransformConfig: TypeAlias = Annotated[
     ResizeVideoConfig | ToTensorVideoConfig | NormalizeConfig | CenterCropResizeVideoConfig,
     Field(discriminator="trans_type"),
 ]
+FrameTransformConfig: TypeAlias = Annotated[
+    ResizeVideoConfig | CenterCropResizeVideoConfig, Field(discriminator="trans_type")
+]
+"""What can be done to a frame of a clip that is in [-1, 1] already."""

@@ -1,12 +1,13 @@
 """Annotation files: which videos a set has, and what is said about them.
 
 A data list is a text file of lines `folder,annotation.json`; an annotation file is a JSON list of objects, or
-JSON Lines with one object a line:
+JSON Lines with one object a line, or a table (`mm_core.data.tables`):
 
     {"path": "a.mp4", "cap": "a caption", "num_frames": 49, "fps": 24,
      "resolution": {"height": 480, "width": 832}}
 
-`path` is meant from `folder`; `folder` and the annotation file from the working directory.
+`path` is a video, or an image, which is a video of one frame. It is meant from `folder`; `folder` and the annotation
+file from the working directory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_core.data.errors import DataError
+from mm_core.data.tables import is_table, table_items
 
 _KNOWN = (
     "path",
@@ -40,14 +42,14 @@ _LARGEST = (
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """One video and what is said about it.
+    """One video (or image) and what is said about it.
 
     Attributes:
         path: the video file.
         captions: one or more; training draws one.
         origin: `file:line` of the annotation.
-        num_frames, fps, height, width: None where the annotation does not say.
-        first_frame: where the annotated part begins (`cut`).
+        num_frames: of the annotated part; with fps, height and width None where the annotation does not say.
+        first_frame: where the annotated part begins (`cut`, whose end counts where num_frames is not said).
         crop: (left, right, top, bottom) in pixels of the part to use (`crop`), or None.
     """
 
@@ -89,13 +91,14 @@ def read_data_list(path: str | Path) -> list[Annotation]:
 
 
 def read_annotations(path: Path, folder: Path, named_at: str = "data_path") -> list[Annotation]:
-    """Read one annotation file, JSON or JSON Lines (told apart by the first character); videos are meant from
-    `folder`.
+    """Read one annotation file: a table by the ending of its name (.csv, .parquet), or JSON or JSON Lines (told apart by
+    the first character); videos are meant from `folder`.
 
     Raises:
-        DataError: the file is missing, no JSON, or an item is malformed; with file, line and, in JSON,
-            column.
+        DataError: the file is missing or malformed, or an item is; with file, line and, in JSON, column.
     """
+    if is_table(path):
+        return [_annotation(item, origin, folder) for origin, item in table_items(path, named_at)]
     text = _read_text(path, named_at)
     items = _items(text, path)
     return [_annotation(item, f"{path}:{line}", folder) for line, item in items]
@@ -204,16 +207,17 @@ def _annotation(item: Any, origin: str, folder: Path) -> Annotation:
         num_frames = max(1, round(fps * duration))
     elif num_frames is not None and num_frames < 1:
         raise DataError(f"{origin}: num_frames is {num_frames:g}, but must be at least 1")
+    first_frame, cut_frames = _cut(item, origin)
     height, width = _resolution(item, origin)
     return Annotation(
         path=folder / path,
         captions=_captions(item, origin),
         origin=origin,
-        num_frames=None if num_frames is None else int(num_frames),
+        num_frames=cut_frames if num_frames is None else int(num_frames),
         fps=fps,
         height=height,
         width=width,
-        first_frame=_integers(item, "cut", 2, origin)[0] if item.get("cut") else 0,
+        first_frame=first_frame,
         crop=_crop(item, origin),
     )
 
@@ -282,6 +286,16 @@ def _resolution(item: Mapping[str, Any], origin: str) -> tuple[int | None, int |
     )
 
 
+def _cut(item: Mapping[str, Any], origin: str) -> tuple[int, int | None]:
+    """The frame at which a part begins, and how many frames it has; None: all that follow."""
+    if not item.get("cut"):
+        return 0, None
+    first, end = _integers(item, "cut", 2, origin)
+    if end <= first:
+        raise DataError(f"{origin}: cut is {item['cut']}, but must be [first, end] with first < end")
+    return first, end - first
+
+
 def _crop(item: Mapping[str, Any], origin: str) -> tuple[int, int, int, int] | None:
     if not item.get("crop"):
         return None
@@ -304,7 +318,7 @@ def _is_text(value: str) -> bool:
 
 
 def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)
     if not text.isprintable() or not _is_text(text):
-        text = json.dumps(value)
+        text = json.dumps(value, default=str)
     return text if len(text) <= 60 else text[:57] + "…"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from mm_core.data.errors import DataError
 
@@ -27,7 +28,7 @@ def collate(items: Sequence[Item]) -> Batch:
             shapes = [tuple(value.shape) for value in values]
             if len(set(shapes)) > 1:
                 raise _different_shapes(key, shapes, [str(item.get("file", "?")) for item in items])
-            batch[key] = torch.stack(values)
+            batch[key] = default_collate(values)  # in a worker straight into shared memory
         elif all(isinstance(value, bool | int | float) for value in values):
             batch[key] = torch.tensor(values)
         else:
@@ -39,6 +40,6 @@ def _different_shapes(key: str, shapes: list[tuple[int, ...]], files: list[str])
     other = next(i for i, shape in enumerate(shapes) if shape != shapes[0])
     return DataError(
         f"{key} of {files[0]} is {list(shapes[0])}, but of {files[other]} {list(shapes[other])}, and both "
-        "are in one micro batch; make all clips one size (force_resolution true, drop_short_ratio 1.0) or "
-        "set --micro-batch-size 1"
+        "are in one micro batch; set group_data to true, make all clips one size (force_resolution true, "
+        "drop_short_ratio 1.0), or use --micro-batch-size 1"
     )

@@ -59,12 +59,13 @@ class FrameRule:
         A video with fewer gives 1 + n·`temporal_stride` from its beginning. Call `short_reason` first.
         """
         count, step = self._grid(total, fps)
-        extra = count - self.num_frames
-        if extra >= 0:
-            begin, length = draw % (extra + 1), self.num_frames
-        else:
-            begin, length = 0, 1 + (count - 1) // self.temporal_stride * self.temporal_stride
+        length = self._length(count)
+        begin = draw % (count - length + 1) if count >= self.num_frames else 0
         return [min(int(i * step + 1e-9), total - 1) for i in range(begin, begin + length)]
+
+    def length(self, total: int, fps: float) -> int:
+        """Return how many frames `choose` gives, whatever is drawn."""
+        return self._length(self.count(total, fps))
 
     def short_reason(self, total: int, fps: float, chance: float) -> str | None:
         """Return why a video is too short to be used, or None.
@@ -77,10 +78,15 @@ class FrameRule:
             return None
         if chance < self.drop_short_ratio:
             return f"{count} frames after sampling, num_frames is {self.num_frames}"
-        kept = 1 + (count - 1) // self.temporal_stride * self.temporal_stride
+        kept = self._length(count)
         if kept < self.min_num_frames:
             return f"{kept} usable frames, min_num_frames is {self.min_num_frames}"
         return None
+
+    def _length(self, count: int) -> int:
+        if count >= self.num_frames:
+            return self.num_frames
+        return 1 + (count - 1) // self.temporal_stride * self.temporal_stride
 
     def _grid(self, total: int, fps: float) -> tuple[int, float]:
         """How many frames there are to step on, and the step in frames of the video."""

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from mm_core.data.buckets import BySize, build_order, by_size, check_position
 from mm_core.data.collate import Batch, Item, collate
+from mm_core.data.dealing import DealtCollate, DealtSlots, ExpertSampler, Owners, refuse_stream
 from mm_core.data.errors import DataError
-from mm_core.data.order import GlobalOrder, MicroBatchSampler, Slot, check_sizes
+from mm_core.data.order import MicroBatchSampler, Slot, check_sizes
 from mm_core.data.streams import Failure, StreamedBatches, is_streamed
 from mm_core.random import keyed_generator, keyed_global_generators
 
@@ -26,7 +28,11 @@ Collate = Callable[[Sequence[Item]], Batch]
 
 @runtime_checkable
 class KeyedDataset(Protocol):
-    """A map-style dataset whose own randomness is keyed by the consumed-sample index."""
+    """A map-style dataset whose own randomness is keyed by the consumed-sample index.
+
+    It may also have `bucket(index) -> ClipShape | None` (`mm_core.data.buckets`), the same for any key: samples of
+    one bucket can be stacked to a micro batch. None, or no such method: all samples are alike.
+    """
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -69,12 +75,14 @@ def build_loader(
     num_workers: int = 0,
     consumed_samples: int = 0,
     position: Any = None,
+    owners: Owners | None = None,
 ) -> MicroBatches | StreamedBatches:
     """Return the micro batches of one data-parallel rank, from the run's `consumed_samples`-th sample on,
     without end.
 
     Of a map-style dataset, the samples are the same for any `dp_size`, `micro_batch_size` and `num_workers`; see
-    `mm_core.data.order`. An iterable one goes on for as many of each as before only; see `mm_core.data.streams`.
+    `mm_core.data.order`, and `mm_core.data.buckets` for samples that are grouped, whose order `micro_batch_size` decides
+    too. An iterable one goes on for as many of each as before only; see `mm_core.data.streams`.
 
     Args:
         dataset: its items are dicts; with `collate_fn` it stacks its own batches. Map-style: with `get(index, key)`
@@ -82,6 +90,7 @@ def build_loader(
         data: `dataloader_param` says about shuffling, prefetching and pinned memory.
         num_workers: processes that decode; 0 decodes in this one.
         position: of an iterable dataset: what `state_dict()` of this rank's loader returned.
+        owners: which expert owns which sample; the samples of a step are then dealt by expert, see `mm_core.data.dealing`.
 
     Raises:
         DataError: the batch sizes do not fit, or the dataset can neither be indexed nor continued.
@@ -89,6 +98,8 @@ def build_loader(
     options, settings = data.dataloader_param, loader_settings(data, num_workers)
     collate_fn: Collate = getattr(dataset, "collate_fn", None) or collate
     if is_streamed(dataset):
+        if owners is not None:
+            refuse_stream(dataset)
         check_sizes(micro_batch_size, global_batch_size, dp_size)
         return StreamedBatches(
             dataset, seed=seed, dp_rank=dp_rank, dp_size=dp_size, collate_fn=collate_fn,
@@ -101,19 +112,31 @@ def build_loader(
             f"{type(dataset).__name__} has no length or cannot be indexed; "
             "a dataset must have __len__, and __getitem__ or get, or be iterable"
         )
-    shuffle = options.shuffle and options.sampler_type != "SequentialSampler"
-    sampler = MicroBatchSampler(
-        GlobalOrder(len(dataset), seed, shuffle=shuffle),
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        micro_batch_size=micro_batch_size,
-        global_batch_size=global_batch_size,
-        consumed_samples=consumed_samples,
-    )
+    check_sizes(micro_batch_size, global_batch_size, dp_size)
+    # Experts are dealt micro batches of one shape by themselves, out of the order of single samples.
+    filled = micro_batch_size if owners is None else 1
+    order = build_order(dataset, options, seed, filled, stacked=collate_fn is collate)
+    check_position(order, consumed_samples)
+    sizes = {
+        "dp_rank": dp_rank,
+        "dp_size": dp_size,
+        "micro_batch_size": micro_batch_size,
+        "global_batch_size": global_batch_size,
+        "consumed_samples": consumed_samples,
+    }
+    volume = by_size(dataset, options)
+    slots: Dataset[Any] = Slots(dataset, seed)
+    stacked: Any = SlotCollate(collate_fn)
+    if owners is not None:
+        bucket = getattr(dataset, "bucket", None)
+        sampler: Any = ExpertSampler(order, owners, bucket=bucket, volume=volume, **sizes)
+        slots, stacked = DealtSlots(slots), DealtCollate(stacked)
+    else:
+        sampler = MicroBatchSampler(order, **sizes) if volume is None else BySize(order, volume, **sizes)
     loader: DataLoader[Any] = DataLoader(
-        Slots(dataset, seed),
+        slots,
         batch_sampler=sampler,
-        collate_fn=SlotCollate(collate_fn),
+        collate_fn=stacked,
         # Its own seed: torch's would be drawn from the generator of module dropout, at each start of the run.
         generator=keyed_generator(seed, "workers", dp_rank),
         **settings,

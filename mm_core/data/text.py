@@ -115,6 +115,14 @@ class PromptTokenizer:
         )
         return encoded["input_ids"][0], encoded["attention_mask"][0]
 
+    def count(self, text: str) -> int:
+        """Return how many tokens a prompt has before it is cut to `max_length`, the special ones included."""
+        return len(
+            self._tokenizer(clean_text(text, self.methods), add_special_tokens=True, verbose=False)[
+                "input_ids"
+            ]
+        )
+
     def __len__(self) -> int:
         """Number of ids, the least vocabulary size that a text encoder must have."""
         return len(self._tokenizer)

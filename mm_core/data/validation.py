@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class ValidationBatches:
     """One data-parallel rank's share of a validation set; each `iter()` reads it from its beginning.
 
-    Sample k is in micro batch k // `micro_batch_size`, and these are dealt to the ranks in turn, so that they are the same
+    Sample k is in micro batch k // `micro_batch_size` (counted within its bucket, if the dataset has some, so that the clips of
+    one micro batch have one shape), and these are dealt to the ranks in turn, so that they are the same
     ones for any number of ranks; the last one may be smaller.
 
     Yields `(batch, samples)`: a batch as of `mm_core.data.loader.MicroBatches`, and how many samples of the set it has. Of a
@@ -59,10 +60,12 @@ class ValidationBatches:
         self._settings = loader_settings(data, num_workers)
         self._collate: Callable[[Sequence[Item]], Batch] = getattr(dataset, "collate_fn", None) or collate
         self.size: int | None = None
+        self._micro: list[list[int]] = []
         if not self.streamed:
             if not len(dataset):
                 raise DataError("the validation set has no sample")
             self.size = len(dataset) if limit is None else min(limit, len(dataset))
+            self._micro = self._micro_batches(self.size)
 
     def __len__(self) -> int:
         """Batches of each rank.
@@ -72,14 +75,14 @@ class ValidationBatches:
         """
         if self.size is None:
             raise TypeError("a stream does not tell how many batches it has")
-        return -(-self.size // (self.micro_batch_size * self.dp_size))
+        return -(-len(self._micro) // self.dp_size)
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
         return self._read_stream() if self.streamed else self._read()
 
     def _read(self) -> Iterator[tuple[Batch, int]]:
         assert self.size is not None
-        shares = [self._share(self.size, number) for number in range(len(self))]
+        shares = [self._share(number) for number in range(len(self))]
         loader: DataLoader[Any] = DataLoader(
             Slots(self.dataset, self.seed),
             batch_sampler=_Batches([share or [(0, 0)] for share in shares]),
@@ -91,9 +94,18 @@ class ValidationBatches:
         for batch, share in zip(loader, shares, strict=True):
             yield _whole(batch), len(share)
 
-    def _share(self, size: int, number: int) -> list[Slot]:
-        first = (number * self.dp_size + self.dp_rank) * self.micro_batch_size
-        return [(k, k) for k in range(first, min(first + self.micro_batch_size, size))]
+    def _micro_batches(self, size: int) -> list[list[int]]:
+        """The samples of each micro batch of the set, in order; those of one are of one bucket."""
+        bucket = getattr(self.dataset, "bucket", None)
+        by_bucket: dict[Any, list[int]] = {}
+        for k in range(size):
+            by_bucket.setdefault(None if bucket is None else bucket(k), []).append(k)
+        micro = self.micro_batch_size
+        return [same[at : at + micro] for same in by_bucket.values() for at in range(0, len(same), micro)]
+
+    def _share(self, number: int) -> list[Slot]:
+        place = number * self.dp_size + self.dp_rank
+        return [(k, k) for k in self._micro[place]] if place < len(self._micro) else []
 
     def _read_stream(self) -> Iterator[tuple[Batch, int]]:
         left = None if self.limit is None else -(-self.limit // self.dp_size)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mm_core.accelerator import Accelerator
+from mm_core.config.given_frames import Images
 from mm_core.generation.build import build_pipeline
-from mm_core.generation.video import move_to_free_name, to_frames, write_video
+from mm_core.generation.records import (
+    folder_of_videos,
+    image_record,
+    targets_of,
+    versions_of,
+    write_record,
+)
+from mm_core.generation.requests import VideoRequest, batches_of, given_frames, requests_of, seed_of, sized
+from mm_core.generation.sharing import Sharing, share_videos
+from mm_core.generation.video import to_frames, write_video
 from mm_core.models.protocols import Progress
 from mm_registry.errors import UserError
 
@@ -25,14 +30,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LIBRARIES = ("torch", "diffusers", "transformers")
-
 
 def generate(
     job: GenerationJob,
     *,
     prompts: Sequence[str] | None = None,
-    load: str | Path | None = None,
+    images: Images | None = None,
+    indices: Sequence[int] | None = None,
+    load: str | Path | Sequence[str | Path] | None = None,
+    lora: Sequence[str | Path] = (),
     ema: bool = False,
     save_path: str | Path | None = None,
     seed: int | None = None,
@@ -41,18 +47,23 @@ def generate(
     negative_prompt: str | None = None,
     batch_size: int = 1,
     device: torch.device | str | None = None,
+    sharing: Sharing | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
     """Write one MP4 for each prompt (times `num_inference_videos_per_sample`), and beside each a JSON that
     says how to make it again.
 
-    The noise of a video depends on the seed and on its number alone, not on the batch. No existing file is
+    The noise of a video depends on the seed and on its number alone, not on the batch or the rank. No existing file is
     overwritten.
 
     Args:
         job: a checked inference file.
         prompts: instead of the job's.
-        load: training run, checkpoint or folder with the predictor's weights, instead of the job's.
+        images: first and last frames, as many as prompts; instead of the job's if prompts are given.
+        indices: numbers of the videos; 0, 1, … by default.
+        load: training run, checkpoint or folder with the predictor's weights, or two, of both experts; instead of the
+            job's.
+        lora: adapters to add to the experts: PEFT's folders or runs.
         ema: use the averaged weights of that checkpoint.
         save_path: instead of the job's: a folder, or a name ending in .mp4 (numbered if there are several
             videos).
@@ -61,27 +72,36 @@ def generate(
         steps, guidance_scale, negative_prompt: instead of what the file says.
         batch_size: videos that are made together.
         device: where to compute; the machine's accelerator by default.
-        progress: called with (steps done, steps) over all videos.
+        sharing: which of the videos this rank makes; all by default.
+        progress: called with (steps done, steps) over all videos of this rank.
 
     Returns:
-        The videos' paths, in the order of prompts.
+        The paths of the videos that this rank wrote, in the order of prompts.
 
     Raises:
-        UserError: weights are missing or do not fit, or a file cannot be written.
+        UserError: weights are missing or do not fit, an image cannot be read, or a file cannot be written.
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size}: at least one video is made at a time")
+    if images is None:
+        images = job.images if prompts is None else Images()
     prompts = list(job.prompts if prompts is None else prompts)
     if not prompts:
         raise UserError('no prompt; give --prompt "…" or "prompt" in the inference file')
-    texts = [prompt for prompt in prompts for _ in range(job.model.num_inference_videos_per_sample)]
+    sharing = sharing or Sharing()
+    requests = requests_of(prompts, images, job.model.num_inference_videos_per_sample, indices)
     accelerator = Accelerator.current()
     device = accelerator.device if device is None else torch.device(device)
-    seed = _seed(job, seed)
+    seed = seed_of(job, seed)
     save_path = Path(save_path or job.model.save_path).expanduser()
-    targets = _targets(save_path, texts)
-    with _folder_of_videos(targets[0].parent, save_path):  # hours of sampling end there: it comes first
-        pipeline, sources = build_pipeline(job, device=device, seed=seed, load=load, ema=ema)
+    files = targets_of(save_path, [request.prompt for request in requests])
+    targets = {request.index: file for request, file in zip(requests, files, strict=True)}
+    with folder_of_videos(files[0].parent, save_path):  # hours of sampling end there: it comes first
+        pipeline, sources = build_pipeline(job, device=device, seed=seed, load=load, lora=lora, ema=ema)
+        if sharing.mesh is not None:
+            share_videos(pipeline.model, job.components, sharing.mesh)
+        if negative_prompt is None:  # told in the record: a default may be another one some day
+            negative_prompt = getattr(pipeline, "negative_prompt", None)
         record = {
             "negative_prompt": negative_prompt,
             "seed": seed,
@@ -89,75 +109,48 @@ def generate(
             "guidance_scale": guidance_scale,
             "fps": job.model.save_fps,
             "weights": sources,
+            "lora": [str(path) for path in lora],
             "ema": ema,
             "device": str(device),
-            "versions": _versions(job),
+            "versions": versions_of(job),
             "config": job.resolved()["values"],
+            "inference_file": job.source,
         }
+        requests = sized(job, pipeline, requests)
+        batches = list(batches_of(requests, batch_size))[sharing.place :: sharing.groups]
         written: list[Path] = []
-        batches = range(0, len(texts), batch_size)
-        for number, start in enumerate(batches):
-            batch = texts[start : start + batch_size]
-            indices = list(range(start, start + len(batch)))
+        for number, batch in enumerate(batches):
             videos = pipeline(
-                batch,
+                [request.prompt for request in batch],
                 seed=seed,
-                indices=indices,
+                indices=[request.index for request in batch],
                 steps=steps,
                 guidance_scale=guidance_scale,
                 negative_prompt=negative_prompt,
                 progress=_within(progress, number, len(batches)),
+                **given_frames(job, batch),
             )  # [B, 3, T, H, W] in [-1, 1]
-            for index, text, video in zip(indices, batch, videos, strict=True):
-                written.append(_write(targets[index], video, {"prompt": text, "index": index, **record}))
+            for request, video in zip(batch, videos, strict=True):
+                if sharing.writes:
+                    written.append(_write(targets[request.index], video, request, record))
     return written
 
 
-@contextmanager
-def _folder_of_videos(folder: Path, save_path: Path) -> Iterator[None]:
-    """Make the folder and try to write into it; if what follows fails and leaves it empty, what was made of
-    it is removed again.
-
-    Raises:
-        UserError: it is a file, or cannot be made or written.
-    """
-    made: list[Path] = []
-    try:
-        try:
-            made = [path for path in (folder, *folder.parents) if not path.exists()]
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except FileExistsError as error:
-            raise UserError(
-                f"save_path {save_path}: {folder} is a file; give a folder, or a name ending in .mp4"
-            ) from error
-        except (OSError, ValueError) as error:  # ValueError: a name with NUL
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UserError(
-                f"save_path {save_path}: videos cannot be written there: {reason.lower()}"
-            ) from error
-        yield
-    except BaseException:
-        for path in made:
-            with suppress(OSError, ValueError):  # something is in it, or it was never made
-                path.rmdir()
-        raise
-
-
-def _write(path: Path, video: torch.Tensor, record: dict[str, Any]) -> Path:
+def _write(path: Path, video: torch.Tensor, request: VideoRequest, record: dict[str, Any]) -> Path:
     """Write a video `[3, T, H, W]` in [-1, 1] and its record; return the path that it got."""
     frames = to_frames(video)
     path = write_video(path, frames, record["fps"])
-    _write_record(path, {"video": path.name, "size": list(frames.shape[:3]), **record})
+    own = {
+        "video": path.name,
+        "size": list(frames.shape[:3]),
+        "prompt": request.prompt,
+        "image": image_record(request.first),
+        "last_image": image_record(request.last),
+        "index": request.index,
+    }
+    write_record(path, {**own, **record})
     logger.info("wrote %s", path)
     return path
-
-
-def _seed(job: GenerationJob, seed: int | None) -> int:
-    if seed is not None:
-        return seed
-    return int(job.components["pipeline"].fields.get("seed") or 0)
 
 
 def _within(progress: Progress | None, number: int, batches: int) -> Progress | None:
@@ -165,31 +158,3 @@ def _within(progress: Progress | None, number: int, batches: int) -> Progress | 
     if progress is None:
         return None
     return lambda step, steps: progress(number * steps + step, batches * steps)
-
-
-def _targets(save_path: Path, texts: Sequence[str]) -> list[Path]:
-    if save_path.suffix.lower() == ".mp4":
-        if len(texts) == 1:
-            return [save_path]
-        return [save_path.with_name(f"{save_path.stem}-{index:03d}.mp4") for index in range(len(texts))]
-    return [save_path / f"{index:03d}-{_slug(text)}.mp4" for index, text in enumerate(texts)]
-
-
-def _slug(text: str) -> str:
-    """A prompt as part of a file name; short in bytes too, for scripts of three bytes a letter."""
-    words = re.sub(r"\W+", "-", text.lower()).strip("-_")
-    return words.encode()[:60].decode(errors="ignore").rstrip("-_") or "video"
-
-
-def _versions(job: GenerationJob) -> dict[str, str]:
-    return {name: version(name) for name in ("mmzoo-core", *_LIBRARIES)} | dict(job.plugins)
-
-
-def _write_record(video: Path, record: dict[str, Any]) -> None:
-    path = video.with_suffix(".json")
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        move_to_free_name(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error

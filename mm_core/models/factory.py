@@ -13,6 +13,7 @@ from torch import nn
 
 from mm_core.accelerator import Accelerator, parse_dtype
 from mm_core.config.transformers_model import LossConfig
+from mm_core.models.attention_backends import KEY, set_attention_backend
 from mm_core.models.kernels import Computation
 from mm_core.models.lora import add_lora
 from mm_core.models.sora import EXPERTS, SoRAModel
@@ -58,7 +59,7 @@ def build_component(
     Args:
         hooks: activated plugins; their `post_build` sees each module.
         attention: transformers' name of the attention, for its networks, whatever their sections say.
-        where: such a network is going to compute, for the choice of its kernels.
+        where: a predictor or such a network is going to compute, for the choice of its kernels.
 
     Raises:
         UserError: weights are missing or do not fit, the dtype has no kernels on the device, or the class
@@ -68,11 +69,18 @@ def build_component(
     cls: Any = default_manager().load(component.spec)
     if component.role in _FROZEN:
         built = _build_encoder(cls, component, torch.device(device))
+    elif component.role == "i2v_processor":
+        # It loads what it needs by itself; its encoders are frozen like those of their own sections.
+        built = _construct(cls, component)
+        if isinstance(built, nn.Module):
+            built = built.to(device).eval().requires_grad_(False)
     elif component.role == "transformers_model":
         built = build_network(cls, component, device, attention=attention, where=where)
     else:
         with torch.device(device):
             built = _construct(cls, component)
+        if component.role == "predictor" and where is not None:
+            set_attention_backend(built, component.fields.get(KEY), where, component.label)
     if hooks is not None and isinstance(built, nn.Module):
         run_post_build(hooks, component.role, component.spec.id, built)
     if component.lora is not None:
@@ -105,7 +113,7 @@ def build_model(
         UserError, BrokenPluginError: see `build_component`.
     """
     if NETWORK not in components:
-        return build_sora_model(components, device=device, hooks=hooks)
+        return build_sora_model(components, device=device, hooks=hooks, where=where)
     component = components[NETWORK]
     loss = LossConfig(**component.fields.get("loss_cfg", {}))
     return TransformersModel(
@@ -123,22 +131,26 @@ def build_sora_model(
     predictor_device: torch.device | str = "meta",
     with_predictor: bool = True,
     hooks: pluggy.PluginManager | None = None,
+    where: Computation | None = None,
 ) -> SoRAModel:
     """Compose a model from the sections of a job.
 
     Args:
-        components: `diffusion`, `predictor`, `low_noise_predictor`, `ae`, `text_encoder` or
+        components: `diffusion`, `predictor`, `low_noise_predictor`, `ae`, `ae.i2v_processor`, `text_encoder` or
             `text_encoder.0`, … ; others are not looked at, absent ones are left out.
         device: of the encoders.
         predictor_device: `meta` for a predictor that is sharded and filled later.
         with_predictor: whether predictors are built at all.
+        where: they are going to compute, for the choice of their kernels.
 
     Raises:
         UserError, BrokenPluginError: see `build_component`.
     """
 
-    def build(name: str, where: torch.device | str) -> Any:
-        return build_component(components[name], where, hooks=hooks) if name in components else None
+    def build(name: str, made_on: torch.device | str) -> Any:
+        if name not in components:
+            return None
+        return build_component(components[name], made_on, hooks=hooks, where=where)
 
     experts = EXPERTS if with_predictor else ()
     text_encoders = sorted(
@@ -147,6 +159,7 @@ def build_sora_model(
     return SoRAModel(
         **{name: build(name, predictor_device) for name in experts},
         ae=build("ae", device),
+        i2v_processor=build("ae.i2v_processor", device),
         text_encoder=[build(name, device) for name in text_encoders] or None,
         diffusion=build("diffusion", "cpu"),
         sharding_policies={

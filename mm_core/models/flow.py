@@ -63,9 +63,14 @@ class RectifiedFlow:
         noise: torch.Tensor | None = None,
         t: torch.Tensor | None = None,
         generator: Generators | None = None,
+        *,
+        first_frame_latents: torch.Tensor | None = None,
         **conditions: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Noise latents `[B, C, T, H, W]`, each sample to a timestep of its own.
+
+        A given first frame stands in place of its noise: the noised latents begin with it at each timestep, and there is
+        no velocity to predict.
 
         Args:
             latents: clean latents, normalised.
@@ -73,10 +78,11 @@ class RectifiedFlow:
             t: timestep values `[B]`, also between grid points and outside the trained range; drawn from the
                 trained range if None.
             generator: one for all, or one a sample. Timesteps are drawn first, then noise.
-            conditions: ignored here.
+            first_frame_latents: `[B, C, 1, H, W]`, if the network is given the first frame.
+            conditions: others are ignored here.
 
         Returns:
-            noised latents and noise, as latents but at least fp32, and timesteps `[B]` fp32.
+            noised latents and noise (with the given frame), as latents but at least fp32, and timesteps `[B]` fp32.
         """
         B = latents.shape[0]
         clean = latents.to(torch.promote_types(latents.dtype, torch.float32))
@@ -89,6 +95,8 @@ class RectifiedFlow:
             noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
         t = t.to(torch.float32).to(latents.device)  # in this order: NPUs have no float64
         noise = noise.to(clean)
+        if first_frame_latents is not None:
+            noise = torch.cat([first_frame_latents.to(clean), noise[:, :, 1:]], dim=2)
         sigma = (t.to(clean.dtype) / self.num_train_timesteps).view(-1, *[1] * (latents.ndim - 1))
         return (1 - sigma) * clean + sigma * noise, noise, t
 

@@ -28,15 +28,26 @@ class Computation:
     Args:
         device: of this rank.
         dtype: of its matrix products; None: that of its parameters, fp32.
+        shares_sequences: whether several ranks share each sequence.
+        gradients: whether there is a backward pass.
     """
 
     device: torch.device
     dtype: torch.dtype | None = None
+    shares_sequences: bool = False
+    gradients: bool = True
 
     @classmethod
-    def of(cls, device: torch.device, param_dtype: str | None) -> Computation:
-        """Of a device and the `param_dtype` of fsdp2.yaml."""
-        return cls(device, None if param_dtype is None else parse_dtype(param_dtype))
+    def of(
+        cls,
+        device: torch.device,
+        dtype: str | None,
+        *,
+        shares_sequences: bool = False,
+        gradients: bool = True,
+    ) -> Computation:
+        """Of a device and a configuration's spelling of the dtype: `param_dtype` of fsdp2.yaml, `dtype` of a section."""
+        return cls(device, None if dtype is None else parse_dtype(dtype), shares_sequences, gradients)
 
     def __str__(self) -> str:
         return f"{self.device.type} in {dtype_name(self.dtype or torch.float32)}"

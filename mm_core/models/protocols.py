@@ -77,6 +77,26 @@ class Diffusion(Protocol):
 
 
 @runtime_checkable
+class ExpertDiffusion(Protocol):
+    """A `Diffusion` whose noise levels two experts may share while they are trained in one job. Of any other, too,
+    `timestep_at` is asked where it is there.
+    """
+
+    boundary_timestep: float | None
+    """Timestep value at and above which the high-noise expert works; None: one expert is trained."""
+
+    def timesteps_of(self, generators: Sequence[torch.Generator]) -> torch.Tensor:
+        """Return the timesteps `[B]` that `q_sample` would draw from these generators, whatever the latents are."""
+        ...
+
+    def timestep_at(self, quantile: float) -> float:
+        """Return the trained timestep value at a quantile of all: 0.0 is the least noise. The loss of a validation set is
+        taken at some of them.
+        """
+        ...
+
+
+@runtime_checkable
 class Predictor(Protocol):
     """`PREDICTOR_MODEL_MAPPINGS[id](**fields)`, an `nn.Module` that can be built on the meta device.
 
@@ -122,6 +142,19 @@ class AutoEncoder(Protocol):
 
 
 @runtime_checkable
+class I2VProcessor(Protocol):
+    """`I2V_PROCESSOR_MAPPINGS[id](**fields)`, an `nn.Module` if it has weights: from given frames to conditions."""
+
+    def __call__(
+        self, ae: Any, videos: torch.Tensor, latents: torch.Tensor | None = None, **batch: Any
+    ) -> Mapping[str, torch.Tensor]:
+        """Videos `[B, 3, T, H, W]` in [-1, 1], their latents and the rest of the micro batch -> keyword arguments of the
+        predictor, `q_sample` and `training_losses`; tensors `[B, …]`, a sample's own alone deciding its row.
+        """
+        ...
+
+
+@runtime_checkable
 class TextEncoder(Protocol):
     """`TEXT_ENCODER_MAPPINGS[id](**fields)`, an `nn.Module`; and `from_pretrained(folder, *, dtype,
     **fields)`.
@@ -146,7 +179,11 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class Pipeline(Protocol):
-    """`PIPELINE_MAPPINGS[id](model, tokenizer, device=device, **fields)`: from prompts to videos."""
+    """`PIPELINE_MAPPINGS[id](model, tokenizer, device=device, **fields)`: from prompts to videos.
+
+    One that is given frames also takes `first_frames` and `last_frames`, `[B, 3, H, W]` in [-1, 1], whose size the videos
+    get. It then has `height` and `width`, the size without them, and `size_steps`, of which both have to be multiples.
+    """
 
     def __call__(
         self,

@@ -13,7 +13,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Steps = Annotated[int, Field(ge=1, le=100_000)]
 
 
-class SamplerConfig(SectionModel):
+class SamplerBaseConfig(SectionModel):
     """Keys that every sampling scheduler has."""
 
     num_train_timesteps: Annotated[
@@ -33,6 +33,22 @@ class SamplerConfig(SectionModel):
             description="Classifier-free guidance, none up to 1; two numbers are for the high-noise and the low-noise expert."
         ),
     ] = 0.0
+
+    @model_validator(mode="after")
+    def _check_one_spacing(self) -> Self:
+        chosen = [
+            name
+            for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+            if getattr(self, name, False)
+        ]
+        if len(chosen) > 1:
+            raise invalid(chosen[1], f"only one spacing of sigmas can be chosen, not {' and '.join(chosen)}")
+        return self
+
+
+class SamplerConfig(SamplerBaseConfig):
+    """Keys of flow matching that several have."""
+
     use_karras_sigmas: Annotated[bool, Field(description="Space sigmas as Karras et al. (2022) do.")] = False
     use_exponential_sigmas: Annotated[
         bool, Field(description="Space sigmas evenly on a logarithmic scale.")
@@ -46,17 +62,6 @@ class SamplerConfig(SectionModel):
     shift_terminal: Annotated[
         float | None, Field(description="Stretch the grid so that its last sigma is this.")
     ] = None
-
-    @model_validator(mode="after")
-    def _check_one_spacing(self) -> Self:
-        chosen = [
-            name
-            for name in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-            if getattr(self, name)
-        ]
-        if len(chosen) > 1:
-            raise invalid(chosen[1], f"only one spacing of sigmas can be chosen, not {' and '.join(chosen)}")
-        return self
 
 
 class UniPCMultistepConfig(SamplerConfig):

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    HeunDiscreteScheduler,
+    SASolverScheduler,
+    UniPCMultistepScheduler,
+)
 
 from mm_core.models.protocols import Denoiser, Generators, Guidance, Progress
 from mm_core.models.sampling import classifier_free_guidance
@@ -21,7 +36,7 @@ class DiffusersScheduler:
     Args:
         guidance_scale: classifier-free guidance, one number or one for each of two experts.
         num_inference_steps: number of denoising steps.
-        fields: arguments of the diffusers class.
+        fields: arguments of the diffusers class; None is the class's own default.
 
     Attributes:
         scheduler: the diffusers object.
@@ -42,12 +57,21 @@ class DiffusersScheduler:
     ) -> None:
         self.guidance_scale = guidance_scale
         self.num_inference_steps = num_inference_steps
+        self._arguments = {
+            "guidance_scale": guidance_scale,
+            "num_inference_steps": num_inference_steps,
+            **fields,
+        }
         try:
-            self.scheduler = self.scheduler_class(**fields)
+            self.scheduler: Any = self.scheduler_class(**{k: v for k, v in fields.items() if v is not None})
         except (ValueError, NotImplementedError, ImportError, TypeError) as error:
             raise UserError(
                 f"diffusion: {self.scheduler_class.__name__} refuses its section: {error}"
             ) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It is pickled by its arguments: some of diffusers' schedulers hold functions, which cannot be."""
+        return partial(type(self), **self._arguments), ()
 
     @property
     def num_train_timesteps(self) -> int:
@@ -55,8 +79,11 @@ class DiffusersScheduler:
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """The scheduler's current sigmas, descending."""
-        sigmas: torch.Tensor = self.scheduler.sigmas
+        """The scheduler's current sigmas, descending; of one that has none, noise over signal of its training steps."""
+        sigmas: torch.Tensor | None = getattr(self.scheduler, "sigmas", None)
+        if sigmas is None:
+            signal = self.scheduler.alphas_cumprod
+            sigmas = ((1 - signal) / signal).sqrt()
         # Until set_timesteps() some of diffusers' schedulers hold them in the order of training.
         return sigmas.flip(0) if sigmas[0] < sigmas[-1] else sigmas
 
@@ -69,9 +96,10 @@ class DiffusersScheduler:
     @property
     def is_flow(self) -> bool:
         config = self.scheduler.config
-        return bool(config.get("prediction_type", "flow_prediction") == "flow_prediction") and bool(
-            config.get("use_flow_sigmas", True)
-        )
+        told = config.get("prediction_type"), config.get("use_flow_sigmas")
+        if told == (None, None):  # one of those that know nothing else
+            return type(self.scheduler).__name__.startswith("FlowMatch")
+        return told == ("flow_prediction", True)
 
     def q_sample(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse to train.
@@ -114,17 +142,26 @@ class DiffusersScheduler:
                 "example 50"
             )
         latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        self.scheduler.set_timesteps(steps, device=latents.device)
-        self.scheduler.set_begin_index(0)
+        scheduler = self.scheduler
+        scheduler.set_timesteps(steps, device=latents.device)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
         extra = {}
-        if generator is not None and "generator" in inspect.signature(self.scheduler.step).parameters:
+        if generator is not None and "generator" in inspect.signature(scheduler.step).parameters:
             extra["generator"] = generator
-        timesteps = self.scheduler.timesteps
+        timesteps = scheduler.timesteps
+        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         for step, t in enumerate(timesteps):
             scale = guidance(float(t)) if callable(guidance) else guidance
             timestep = t.expand(latents.shape[0])
-            output = classifier_free_guidance(model, latents, timestep, model_kwargs, uncond_kwargs, scale)
-            latents = self.scheduler.step(output, t, latents, return_dict=False, **extra)[0]
+            # Only some of diffusers' schedulers want their samples scaled for the model.
+            seen = (
+                scheduler.scale_model_input(latents, t)
+                if hasattr(scheduler, "scale_model_input")
+                else latents
+            )
+            output = classifier_free_guidance(model, seen, timestep, model_kwargs, uncond_kwargs, scale)
+            latents = scheduler.step(output, t, latents, return_dict=False, **extra)[0]
             if progress is not None:
                 progress(step + 1, len(timesteps))
         return latents
@@ -142,3 +179,69 @@ class FlowMatchEulerDiscrete(DiffusersScheduler):
     """Euler steps of a flow on diffusers' grid (Esser et al., 2024)."""
 
     scheduler_class = FlowMatchEulerDiscreteScheduler
+
+
+class FlowMatchHeunDiscrete(DiffusersScheduler):
+    """Heun's steps of a flow; each predicts twice."""
+
+    scheduler_class = FlowMatchHeunDiscreteScheduler
+
+
+class FlowMatchLCM(DiffusersScheduler):
+    """Few steps of a distilled flow, each to a clean sample with fresh noise (Luo et al., 2023)."""
+
+    scheduler_class = FlowMatchLCMScheduler
+
+
+class DPMSolverMultistep(DiffusersScheduler):
+    """DPM-Solver++ (Lu et al., 2022), with earlier steps in place of further predictions; for flows as UniPC."""
+
+    scheduler_class = DPMSolverMultistepScheduler
+
+
+class DPMSolverSinglestep(DiffusersScheduler):
+    """DPM-Solver++ (Lu et al., 2022), each step by itself; for flows as UniPC."""
+
+    scheduler_class = DPMSolverSinglestepScheduler
+
+
+class DEISMultistep(DiffusersScheduler):
+    """DEIS (Zhang & Chen, 2022); for flows as UniPC."""
+
+    scheduler_class = DEISMultistepScheduler
+
+
+class SASolver(DiffusersScheduler):
+    """SA-Solver (Xue et al., 2023), which adds fresh noise; for flows as UniPC."""
+
+    scheduler_class = SASolverScheduler
+
+
+class DDIM(DiffusersScheduler):
+    """DDIM (Song et al., 2020)."""
+
+    scheduler_class = DDIMScheduler
+
+
+class DDPM(DiffusersScheduler):
+    """DDPM (Ho et al., 2020)."""
+
+    scheduler_class = DDPMScheduler
+
+
+class EulerDiscrete(DiffusersScheduler):
+    """Euler's steps (Karras et al., 2022)."""
+
+    scheduler_class = EulerDiscreteScheduler
+
+
+class EulerAncestralDiscrete(DiffusersScheduler):
+    """Euler's steps with fresh noise."""
+
+    scheduler_class = EulerAncestralDiscreteScheduler
+
+
+class HeunDiscrete(DiffusersScheduler):
+    """Heun's steps (Karras et al., 2022); each predicts twice."""
+
+    scheduler_class = HeunDiscreteScheduler

@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from mm_core.models.protocols import Diffusion
+from mm_core.models.parking import Parked
+from mm_core.models.protocols import Diffusion, I2VProcessor
 from mm_core.sharding.mixin import FSDP2Mixin
 from mm_core.sharding.policy import ShardingPolicy
 from mm_registry.errors import UserError
 
 EXPERTS = ("predictor", "low_noise_predictor")
+EXPERT_NAMES = ("high", "low")
+"""What metrics call them, where there are both."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderUse:
+    """How a training job uses its encoders.
+
+    Attributes:
+        interval: micro batches that are encoded at once, the encoders resting in host memory between; 1: they stay.
+        shared: whether ranks that train on the same micro batches share the encoding.
+    """
+
+    interval: int = 1
+    shared: bool = False
 
 
 class SoRAModel(nn.Module, FSDP2Mixin):
     """Predictor, autoencoder, text encoder and diffusion of one video model.
 
-    The predictors are trained, and each is an FSDP root of its own: call them directly. Autoencoder and text
-    encoder stay frozen and in eval mode, whatever `train()` is told.
+    The predictors are trained, and each is an FSDP root of its own: call them directly. Autoencoder, text
+    encoder and what encodes images stay frozen and in eval mode, whatever `train()` is told.
 
     Args:
         predictor: the network that denoises; None if only the encoders are needed.
         diffusion: noise, loss and sampling; see `mm_core.models.protocols.Diffusion`.
         ae: autoencoder between pixels and latents; None if batches bring latents.
         text_encoder: one, a sequence of several, or None if batches bring embeddings.
-        low_noise_predictor: second expert, for the timesteps below the boundary.
+        low_noise_predictor: second expert, for the timesteps below the boundary; it is trained with the first.
+        i2v_processor: what makes the conditions of given frames: `(ae, videos, latents, **batch) -> dict`, whose items
+            are keyword arguments of the predictor and of `diffusion.q_sample`; None for text to video.
         sharding_policies: name of a predictor -> its policy; blocks are found by structure without.
     """
 
@@ -39,6 +59,7 @@ class SoRAModel(nn.Module, FSDP2Mixin):
         ae: nn.Module | None = None,
         text_encoder: nn.Module | Sequence[nn.Module] | None = None,
         low_noise_predictor: nn.Module | None = None,
+        i2v_processor: I2VProcessor | None = None,
         sharding_policies: Mapping[str, ShardingPolicy] | None = None,
     ) -> None:
         super().__init__()
@@ -50,13 +71,31 @@ class SoRAModel(nn.Module, FSDP2Mixin):
             text_encoder = nn.ModuleList(text_encoder) if len(text_encoder) > 1 else text_encoder[0]
         self.text_encoder: Any = text_encoder
         self.diffusion: Any = diffusion
+        self.i2v_processor: Any = i2v_processor
+        self.encoder_use = EncoderUse()
+        self._parked: Parked | None = None
         self._sharding_policies = dict(sharding_policies or {})
         for encoder in self._encoders():
             encoder.requires_grad_(False)
         self.train()
 
     def _encoders(self) -> list[nn.Module]:
-        return [module for module in (self.ae, self.text_encoder) if module is not None]
+        parts = (self.ae, self.text_encoder, self.i2v_processor)
+        return [part for part in parts if isinstance(part, nn.Module)]
+
+    def park_encoders(self, device: torch.device) -> None:
+        """Let the encoders rest in host memory from now on, outside `encoders_on_device`."""
+        if self._parked is None:
+            self._parked = Parked(self._encoders(), device)
+
+    @contextmanager
+    def encoders_on_device(self) -> Iterator[None]:
+        """Inside, autoencoder, text encoders and image encoder are where they compute; needed by what calls them itself."""
+        if self._parked is None:
+            yield
+            return
+        with self._parked.on_device():
+            yield
 
     @property
     def text_encoders(self) -> list[Any]:
@@ -76,8 +115,13 @@ class SoRAModel(nn.Module, FSDP2Mixin):
 
     @property
     def trained(self) -> dict[str, nn.Module]:
-        """Name of what is trained -> module: one expert a run."""
-        return {EXPERTS[0]: self.predictor}
+        """Name of what is trained -> module: one expert or both."""
+        return {name: module for name in EXPERTS if (module := getattr(self, name)) is not None}
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the trained modules that learn their own samples, high noise first; empty if there is but one."""
+        return EXPERTS if self.low_noise_predictor is not None else ()
 
     def sharding_roots(self) -> dict[str, ShardingPolicy]:
         """Each trained predictor by itself: a child of a sharded root cannot be called."""
@@ -99,14 +143,14 @@ class SoRAModel(nn.Module, FSDP2Mixin):
         Raises:
             ValueError: it draws and there are no generators: the draw would depend on rank and resume.
         """
-        if not getattr(self.ae, "do_sample", False):
-            latents: torch.Tensor = self.ae.encode(video)
-        elif generators is None:
+        draws = getattr(self.ae, "do_sample", False)
+        if draws and generators is None:
             raise ValueError(
                 "the autoencoder draws its latents (do_sample): give a generator for each sample"
             )
-        else:
-            latents = self.ae.encode(video, generator=generators)
+        with self.encoders_on_device():
+            options = {"generator": generators} if draws else {}
+            latents: torch.Tensor = self.ae.encode(video, **options)
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
     @torch.no_grad()
@@ -133,9 +177,11 @@ class SoRAModel(nn.Module, FSDP2Mixin):
                 "captions and "
                 f"{len(masks)} masks; each text encoder needs a tokenizer of its own"
             )
-        embeddings, embedding_masks = zip(
-            *(encoder.encode(i, m) for encoder, i, m in zip(encoders, ids, masks, strict=True)), strict=True
-        )
+        with self.encoders_on_device():
+            embeddings, embedding_masks = zip(
+                *(encoder.encode(i, m) for encoder, i, m in zip(encoders, ids, masks, strict=True)),
+                strict=True,
+            )
         if len(encoders) == 1:
             return embeddings[0], embedding_masks[0]
         return list(embeddings), list(embedding_masks)

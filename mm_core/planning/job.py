@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 import mm_core
 from mm_core.config import TrainingJob
+from mm_core.config.second_expert import SECOND
 from mm_core.models.factory import TRAINED, build_model
 from mm_core.models.transformers_model import NETWORK
 from mm_core.planning.frozen import frozen_components
@@ -156,7 +157,7 @@ def _keeping(
     layout: Layout,
     traced: str,
 ) -> Keeping:
-    """What a rank has beside the root that is traced: encoders, and a second predictor, which this step does not run."""
+    """What a rank has beside the root that is traced: encoders, and a second predictor, which waits meanwhile."""
     flags = job.flags
     # A bad step is skipped on the device by the fused kernel alone.
     skips = bool(getattr(getattr(job.model, "patch", None), "clip_grad_async", False))
@@ -166,12 +167,15 @@ def _keeping(
         optimizer_transient=0 if fused else 1,
         micro_batches=micro_batches,
     )
-    other = frozen
+    other, states = frozen, 0
     for name, plan in plans.items():
-        if name != traced:
-            steady, _ = steady_bytes(plan, layout, {}, dataclasses.replace(keeping, optimizer_states=0))
-            other += steady.parameters
-    return dataclasses.replace(keeping, other_bytes=other)
+        if name == traced or job.fsdp2.offload_idle_predictor:
+            continue  # in host memory while another is at work
+        steady, _ = steady_bytes(plan, layout, {}, keeping)
+        gradients = steady.optimizer // keeping.optimizer_states
+        other += steady.parameters + gradients
+        states += steady.optimizer
+    return dataclasses.replace(keeping, other_bytes=other, other_states=states)
 
 
 def _notes(job: TrainingJob, balanced: bool, plan: ShardingPlan) -> tuple[str, ...]:
@@ -183,6 +187,15 @@ def _notes(job: TrainingJob, balanced: bool, plan: ShardingPlan) -> tuple[str, .
         notes.append(
             f"activations of {min(inside)} are counted as if they stayed on the device: offload_activations is planned "
             "for whole FSDP units"
+        )
+    if SECOND in job.components:
+        waits = (
+            "the other waits in host memory (offload_idle_predictor), but for validations and checkpoints"
+            if job.fsdp2.offload_idle_predictor
+            else "the other's parameters and gradients are counted with the parameters, its momenta with the optimizer"
+        )
+        notes.append(
+            f"two experts share the micro batches of a step, which is planned as if one of them ran all; {waits}"
         )
     if balanced:
         notes.append("the loss that balances experts, and the routers' logits that it keeps, are not counted")

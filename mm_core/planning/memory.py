@@ -19,7 +19,9 @@ class Keeping:
     """What is held beside the traced root, and how often a step runs it.
 
     Args:
-        other_bytes: parameters of components that are not traced, such as an expert that this step does not run.
+        other_bytes: parameters of components that are not traced, such as an expert that this step does not run, and the
+            gradients that it waits with.
+        other_states: what the optimizer keeps for them.
         optimizer_states: copies of the trained parameters that the optimizer keeps; AdamW's two, one more for an
             average of the weights.
         optimizer_transient: how many such copies a step of the optimizer makes for a moment: none if it is fused.
@@ -27,6 +29,7 @@ class Keeping:
     """
 
     other_bytes: int = 0
+    other_states: int = 0
     optimizer_states: int = 2
     optimizer_transient: int = 0
     micro_batches: int = 1
@@ -84,7 +87,10 @@ def steady_bytes(
     stored = sum(group.stored for group in groups)
     states = sum(group.trained for group in groups) * keeping.optimizer_states
     if plan.offload_to_cpu and not layout.host_counts:
-        return RankBytes(parameters=held + keeping.other_bytes), stored + states
+        return RankBytes(
+            parameters=held + keeping.other_bytes, optimizer=keeping.other_states
+        ), stored + states
+    states += keeping.other_states
     return RankBytes(parameters=stored + held + keeping.other_bytes, optimizer=states), 0
 
 

@@ -370,7 +370,9 @@ def _split_marked_arguments(
 
 def _on_output(function: Callable[[torch.Tensor, int], torch.Tensor], dimension: int) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return tree_map_only(torch.Tensor, lambda tensor: function(tensor, dimension), output)
+        return tree_map_only(
+            torch.Tensor, lambda t: function(t, dimension) if t.ndim > dimension else t, output
+        )
 
     return hook
 

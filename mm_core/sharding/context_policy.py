@@ -46,7 +46,7 @@ class ContextPolicy:
             `torch.nn.functional.scaled_dot_product_attention`, or are modules of transformers.
         split_inputs: module -> argument of its forward -> the dimension of the tokens. An argument without that dimension
             stays whole (a timestep `[B]` where it may be `[B, S]`); in a tuple each tensor is split.
-        split_outputs: module -> the dimension of the tokens in each tensor that it returns.
+        split_outputs: module -> the dimension of the tokens in each tensor that it returns; one without it stays whole.
         split_marked: module -> argument of its forward -> the argument beside it that marks tokens, `[B, S]`: the first has
             a row for each marked token, in the order of the batch (features of images that a layer adds to their tokens).
             Each rank gets those of its own tokens, and its part of the marks; in a list each tensor is split.

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 COMPOSITE = ("predictor", "low_noise_predictor", "ae", "text_encoder", "diffusion", "i2v_processor")
 """What the parts of a model may be called; patterns begin with one of them."""
+_ENCODERS = ("ae", "text_encoder", "i2v_processor")
 POLICY_FIELDS = {
     "sub_modules_to_wrap": "units",
     "ignored_modules": "ignored",
@@ -146,6 +147,8 @@ class Resolver:
                     continue
                 first = split_pattern(pattern, f'{name}: "{pattern}"')[0]
                 if first not in self.neighbours and not self._is_class_elsewhere(pattern):
+                    if name == "ignored_modules" and first in _ENCODERS:
+                        continue  # not built, where features are stored: the same file serves both jobs
                     raise self._unknown_part(name, pattern, first)
             wrong = wrong or problem.found
         # A list that names only other parts (ignored_modules: [ae, text_encoder]) says nothing about this one.

@@ -31,8 +31,12 @@ if TYPE_CHECKING:
 _CONFIGS, _POLICIES, _WEIGHTS = "mm_core.configs", "mm_core.sharding_policies", "mm_core.weights"
 _EXAMPLES = "mm_core.examples"
 # Where the sections of these roles stand in a job's files; the others are named like their role.
-_PLACES = {"dataset": ("dataset_param", "dataset_type"), "pipeline": ("pipeline_config", "pipeline_class")}
-_WITHOUT_SECTION = frozenset({"task", "callback", "chat_template", "i2v_processor"})
+_PLACES = {
+    "dataset": ("dataset_param", "dataset_type"),
+    "pipeline": ("pipeline_config", "pipeline_class"),
+    "i2v_processor": ("i2v_processor", "processor_id"),
+}
+_WITHOUT_SECTION = frozenset({"task", "callback", "chat_template"})
 
 
 @dataclass(frozen=True)

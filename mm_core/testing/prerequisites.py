@@ -26,6 +26,7 @@ _STEPS: Mapping[str, tuple[str, ...]] = {
     "ae": ("builds-a-module", "encodes-to-its-latent-shape"),
     "text_encoder": ("builds-a-module", "encodes-to-embeddings-and-mask"),
     "diffusion": ("diffusion-builds",),
+    "i2v_processor": ("makes-the-promised-conditions",),
     "dataset": ("dataset-has-items",),
     "task": ("task-builds",),
     "callback": ("callback-runs-through",),

@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mm_core.config import ConfigError, Finding
+from mm_core.config import ConfigError, Finding, TrainFlags
 from mm_core.config.component import WITH_WEIGHTS, ComponentConfig
 from mm_core.config.document import Document, expanded
 from mm_core.config.fsdp2 import Fsdp2Config
 from mm_core.config.origin import KeyPath, dotted
 from mm_core.config.parallel import ParallelSizes
 from mm_core.config.section import SectionModel
-from mm_core.models.factory import TRAINED, build_component
+from mm_core.models.factory import TRAINED, build_component, sharding_policy
 from mm_core.models.pretrained import load_pretrained
 from mm_core.models.skeleton import collect_skeletons
 from mm_core.models.sora import EXPERTS
 from mm_core.models.transformers_model import NETWORK
+from mm_core.sharding.policy import ShardingPolicy
 from mm_core.sharding.table import plan_texts
+from mm_core.training.parameter_groups import check_groups
 from mm_core.training.precheck import (
     build_on_meta,
     check_checkpoint,
@@ -57,6 +59,7 @@ class Buildable:
         fsdp2, fsdp2_document: how predictors are sharded; None where nothing is.
         ranks: of the job, None if it is not said how many there will be.
         parallel: how many of them share one model.
+        flags: of a training job, whose names of parameters are looked up.
         load: `--load` or `load`, and where it is said.
         load_origin: a finding about it begins as this one.
         findings: of the ordinary check. What this version cannot run need not be built.
@@ -72,6 +75,7 @@ class Buildable:
     findings: tuple[Finding, ...] = ()
     ranks: int | None = None
     parallel: ParallelSizes = field(default_factory=ParallelSizes)
+    flags: TrainFlags | None = None
 
 
 @dataclass
@@ -95,6 +99,7 @@ def check_buildable(job: Buildable) -> BuildReport:
     report = BuildReport()
     predictors = _predictors(job, report)
     plans = _plans(job, predictors, report)
+    _groups(job, predictors, report)
     for name, module in predictors.items():
         fits = _folders(job, name, module, report)
         report.summary.append(_line(job.components[name], module, fits, plans.get(name)))
@@ -145,6 +150,19 @@ def _plans(
     except UserError as error:
         report.findings.append(_finding(job, (), "bad-pattern", str(error)))
     return plans
+
+
+def _groups(job: Buildable, predictors: Mapping[str, nn.Module], report: BuildReport) -> None:
+    """Look up the parameters that flags of the optimizer name."""
+    if job.flags is None or not predictors:
+        return
+    try:
+        policies = {name: sharding_policy(job.components[name]) or ShardingPolicy() for name in predictors}
+        check_groups(predictors, job.flags, policies)
+    except ConfigError as error:
+        report.findings += error.findings
+    except UserError:
+        return  # the policy fails, as the plan says
 
 
 def _folders(job: Buildable, name: str, module: nn.Module, report: BuildReport) -> list[FolderFit]:

@@ -40,14 +40,15 @@ _NOT_OF_OPTIMIZER = frozenset({"lr", "min_lr", "optimizer_selection"})
 #: Flags that are compared: of the batch, the optimizer and the adapters.
 _FLAGS = (
     frozenset(
-        {"global_batch_size", "seq_length", *table.OptimizerFlags.model_fields}
+        {"global_batch_size", "micro_batch_size", "seq_length", *table.OptimizerFlags.model_fields}
         | {"lora_target_modules", "lora_target_parameters", "lora_r", "lora_alpha", "lora_dropout"}
     )
     - _NOT_OF_OPTIMIZER
 )
 _LENGTH: KeyPath = ("flags", "seq_length")
 _FSDP2 = frozenset({"param_dtype", "reduce_dtype", "output_dtype", "cast_forward_inputs"})
-_DATALOADER = frozenset({"sampler_type", "shuffle"})
+_MICRO_BATCH: KeyPath = ("flags", "micro_batch_size")
+_DATALOADER = frozenset({"sampler_type", "shuffle", "group_data", "group_frame", "group_resolution"})
 #: Callbacks and patches change no number; plugins are compared by what they offer; weights come from the checkpoint.
 _NOT_OF_MODEL = frozenset(
     {"callbacks", "plugins", "patch", "init_from_hf_path", "init", "lora_save_full_weight"}
@@ -61,6 +62,8 @@ _SCHEDULE = {
     "warmup_steps": "--lr-warmup-iters",
     "warmup_init": "--lr-warmup-init",
     "decay_steps": "--lr-decay-iters (by default --train-iters)",
+    "wsd_style": "--lr-wsd-decay-style",
+    "wsd_decay_steps": "--lr-wsd-decay-iters",
 }
 
 
@@ -73,6 +76,8 @@ def learning_rate(flags: Any) -> LearningRate:
         warmup_steps=flags.warmup_steps,
         warmup_init=flags.lr_warmup_init,
         decay_steps=flags.lr_decay_iters or flags.train_iters,
+        wsd_style=flags.lr_wsd_decay_style,
+        wsd_decay_steps=flags.lr_wsd_decay_iters or 1,
     )
 
 
@@ -167,9 +172,11 @@ def _schedule(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str
     old, new = before.get("schedule"), now["schedule"]
     if not old:
         return
-    constant = old.get("style") == new["style"] == "constant"
+    styles = {old.get("style"), new["style"]}
+    unread = {"minimum", "decay_steps"} if styles == {"constant"} else set()
+    unread |= set() if "WSD" in styles else {"wsd_style", "wsd_decay_steps"}
     for key, flag in _SCHEDULE.items():
-        if key in old and old[key] != new[key] and not (constant and key in ("minimum", "decay_steps")):
+        if key in old and old[key] != new[key] and key not in unread:
             yield f"{flag}: {show(old[key])} → {show(new[key])}"
 
 
@@ -185,6 +192,9 @@ def _configuration(before: Mapping[str, Any], job: TrainingJob) -> Iterator[str]
     if getattr(type(dataset.config) if dataset else None, "sequence_length_key", None) is None:
         for values in (old, new):
             values.pop(_LENGTH, None)  # nobody reads it
+    if not job.data.dataloader_param.grouped_axes():
+        for values in (old, new):
+            values.pop(_MICRO_BATCH, None)  # it decides the order of grouped samples only
     for path in sorted({*old, *new}, key=dotted):
         was, became = old.get(path, _ABSENT), new.get(path, _ABSENT)
         if _same(was, became):
@@ -206,9 +216,11 @@ def _counts(path: KeyPath) -> bool:
             return name in _FSDP2
         case ("data", "dataloader_param", name, *_):
             return name in _DATALOADER and not _idle(DataloaderConfig, str(name))
+        case ("data", "dataset_param", "basic_parameters", "val_data_path" | "val_max_samples"):
+            return False
         case ("data", *_):
             return True
-        case ("model", "predictor", name, *_):
+        case ("model", "predictor" | "low_noise_predictor", name, *_):
             return name not in _NOT_OF_PREDICTOR
         case ("model", name, *_):
             return name not in _NOT_OF_MODEL and not _idle(ModelConfig, str(name))

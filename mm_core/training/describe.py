@@ -33,6 +33,9 @@ def describe(trainer: Trainer) -> None:
         "ranks" if mesh.dp_size == trainer.world_size else "groups of ranks", flags.micro_batch_size,
         trainer.accumulation,
     )  # fmt: skip
+    if trainer.updates.parts:
+        idle = "waits in host memory" if trainer.updates.offloads else "stays where it is"
+        log.info("two experts, each with the samples of its noise levels; the idle one %s", idle)
     if str(mesh.sizes):
         log.info("one model is shared as %s", mesh.sizes)
     if mesh.pp is not None:

@@ -4,7 +4,8 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,9 +54,12 @@ class ExponentialAverage:
             self._averages[name] = {k: t.detach().clone().to(torch.float32) for k, t in trained.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the weights of the step that was just made."""
-        averages, weights = self._local(self._averages), self._local(self._parameters)
+    def update(self, *components: str) -> None:
+        """Take in the weights of the step that was just made, of these components; of all if none is named."""
+        chosen = components or tuple(self._averages)
+        averages, weights = (
+            self._local({name: kind[name] for name in chosen}) for kind in (self._averages, self._parameters)
+        )
         if averages:
             weights = [w.to(torch.float32) for w in weights]
             # In one call for all of them; on the parts of this rank, since each is a number for itself.
@@ -66,6 +70,25 @@ class ExponentialAverage:
         """Start again from the weights as they are."""
         for average, weight in zip(self._local(self._averages), self._local(self._parameters), strict=True):
             average.copy_(weight)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Let the modules have the averages; afterwards both are bit by bit as before. All units must be sharded, as they are
+        between two steps.
+        """
+        pairs = list(zip(self._local(self._averages), self._local(self._parameters), strict=True))
+        # In fp32 the weights wait where the averages are otherwise, which takes no memory.
+        alike = [pair for pair in pairs if pair[0].dtype == pair[1].dtype]
+        others = [(*pair, pair[1].clone()) for pair in pairs if pair[0].dtype != pair[1].dtype]
+        _swap(alike)
+        for average, weight, _ in others:
+            weight.copy_(average)
+        try:
+            yield
+        finally:
+            _swap(alike)
+            for _, weight, before in others:
+                weight.copy_(before)
 
     def modules(self) -> dict[str, nn.Module]:
         """`ema.<component>` -> what `save_checkpoint` and `load_checkpoint` take for a module with those tensors."""
@@ -78,3 +101,10 @@ class ExponentialAverage:
     @staticmethod
     def _local(tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> list[torch.Tensor]:
         return [local_part(t)[0] for named in tensors.values() for t in named.values()]
+
+
+def _swap(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for one, other in pairs:
+        waiting = one.clone()
+        one.copy_(other)
+        other.copy_(waiting)

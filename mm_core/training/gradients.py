@@ -34,22 +34,51 @@ def scale_and_clip(
     Returns:
         The norm of the scaled gradients before clipping, 0-d fp32, the same on every rank.
     """
+    parameters = list(parameters)
+    return scale_by(parameters, total_norm(parameters, scale.device, stages), scale, max_norm)
+
+
+@torch.no_grad()
+def total_norm(
+    parameters: Iterable[torch.nn.Parameter],
+    device: torch.device,
+    stages: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """The 2-norm of all gradients, 0-d fp32 on `device`, the same on every rank; see `scale_and_clip`."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    own = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-    square = _total_square(grads, own, scale.device)
+    square = _total_square(grads, _local(grads), device)
     if stages is not None:
         dist.all_reduce(square, group=stages)
-    norm = square.sqrt() * scale
+    return square.sqrt()
+
+
+@torch.no_grad()
+def scale_by(
+    parameters: Iterable[torch.nn.Parameter], norm: torch.Tensor, scale: torch.Tensor, max_norm: float
+) -> torch.Tensor:
+    """Multiply all gradients, whose norm is known, by `scale`, and clip them; nothing is exchanged.
+
+    Args:
+        norm: of the gradients as they are, 0-d.
+
+    Returns:
+        The norm of the scaled gradients before clipping.
+    """
+    norm = norm * scale
     factor = scale
     if max_norm > 0:
         factor = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for part in own:
+    for part in _local([p.grad for p in parameters if p.grad is not None]):
         by_device.setdefault(part.device, []).append(part)
     for device, own_grads in by_device.items():
         # Offloaded gradients lie on the CPU, and a kernel over a list takes no scalar of another device.
         torch._foreach_mul_(own_grads, factor.to(device))
     return norm
+
+
+def _local(grads: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
 
 
 def _total_square(grads: list[torch.Tensor], own: list[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -12,6 +12,7 @@ from mm_core.config.document import expanded
 from mm_core.models.lora import initialise_adapters
 from mm_core.models.lora_weights import base_path, find_adapter_source, load_adapter, load_base
 from mm_core.models.pretrained import load_predictor_folder
+from mm_core.models.sora import EXPERTS
 from mm_core.sharding.pipeline import tensors_elsewhere
 from mm_core.weights import is_hf_folder, materialize
 from mm_core.weights.agreement import everywhere
@@ -40,6 +41,8 @@ def load_initial_weights(
     if section.lora is not None:
         return _with_adapters(module, name, job, device)
     folder = section.from_pretrained if section.init == "pretrained" else None
+    if name == EXPERTS[1] and load is not None and is_hf_folder(expanded(load)):
+        load = None  # the first expert's
     if load is not None:  # a run or a Hugging Face folder
         folder = load if is_hf_folder(expanded(load)) else None
     random_init = folder is None and load is None

@@ -117,10 +117,15 @@ class LocalRanks:
 
     A context manager: inside, this process is rank 0 (its variables say so); leaving it waits for the
     children and puts the variables back.
+
+    Args:
+        argv: what follows `mm COMMAND` on their command line.
+        command: the command.
     """
 
-    def __init__(self, flags: TrainFlags, argv: Sequence[str]) -> None:
+    def __init__(self, flags: TrainFlags, argv: Sequence[str], command: str = "train") -> None:
         self.count = flags.nproc_per_node or 1
+        self._command = command
         nodes = flags.machines[1]
         node = flags.node_rank or 0
         self.lifeline: Lifeline | None = None
@@ -157,7 +162,7 @@ class LocalRanks:
             # It has no name, so that nothing is left of it, however this process ends.
             output = tempfile.TemporaryFile()
             child = subprocess.Popen(
-                [sys.executable, "-m", "mm_core", "train", *self._argv],
+                [sys.executable, "-m", "mm_core", self._command, *self._argv],
                 env={**os.environ, **self._variables(local_rank), PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,

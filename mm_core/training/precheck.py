@@ -25,6 +25,7 @@ from mm_core.sharding.combinations import check_parallel
 from mm_core.sharding.fitness import check_plan
 from mm_core.sharding.patterns import CombinedPlanError, PlanError
 from mm_core.sharding.plan import ShardingError
+from mm_core.training.parameter_groups import check_groups
 from mm_core.weights import find_adapter, is_hf_folder, resolve_load
 from mm_core.weights.fit import FolderFit, check_fit
 from mm_registry.errors import UserError
@@ -52,6 +53,8 @@ def check_build(job: TrainingJob) -> dict[str, ShardingPlan]:
     for name in predictors:
         find_adapter(job.components[name])
     _check_start(job, predictors)
+    policies = {name: sharding_policy(job.components[name]) or ShardingPolicy() for name in predictors}
+    check_groups(predictors, job.flags, policies)
     return check_patterns(
         job.components,
         predictors,

@@ -23,7 +23,15 @@ from mm_core.weights.agreement import everywhere
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient norm is NaN or infinite; that step changed no weight."""
+    """The loss or the gradient norm is NaN or infinite; that step changed no weight. All ranks raise it.
+
+    Attributes:
+        report: of the step.
+    """
+
+    def __init__(self, message: str, report: StepReport | None = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class GradientExchange:
@@ -49,9 +57,12 @@ class GradientExchange:
 
     def begin(self, micro: int) -> None:
         """Before the backward pass of a micro batch, counted from 0."""
+        self.expect(micro == self.accumulation - 1)
+
+    def expect(self, last: bool) -> None:
+        """The same, if it is known whether the micro batch is the last one."""
         if not self.defers:
             return
-        last = micro == self.accumulation - 1
         for root in self.roots:
             root.set_requires_all_reduce(last)
             root.set_is_last_backward(last)
@@ -226,6 +237,7 @@ class StepReport:
         norm: of the gradients, 0-d.
         mismatch: from `UnusedParameters.mismatch`.
         samples: of this rank.
+        losses: of this rank, a pair of sums `[B]` and weights `[B]` for each micro batch; a stage without losses has none.
         validation: numbers of the validation after this step, if there was one.
     """
 
@@ -235,10 +247,14 @@ class StepReport:
     mismatch: torch.Tensor
     rank: int
     samples: Sequence[int]
+    losses: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()
     rate: float = 0.0
     seconds: float = 0.0
     consumed_samples: int = 0
     validation: dict[str, float] = field(default_factory=dict)
+    part_norms: Mapping[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # of each expert, 0-d; none: one network
     _host: torch.Tensor = field(init=False)
 
     @property
@@ -249,7 +265,9 @@ class StepReport:
 
     def send(self, accelerator: Accelerator) -> None:
         """Start the copy to the host; `read` waits for it."""
-        extra = torch.stack([self.norm.to(self.sums.numbers.device), self.mismatch.float()])
+        device = self.sums.numbers.device
+        norms = [norm.to(device) for norm in self.part_norms.values()]
+        extra = torch.stack([*norms, self.norm.to(device), self.mismatch.float()])
         numbers = torch.cat([self.sums.numbers, extra])
         self._host = accelerator.pinned_like(numbers)
         self._host.copy_(numbers, non_blocking=True)
@@ -266,7 +284,7 @@ class StepReport:
         """
         if self._event is not None:
             self._event.synchronize()
-        *numbers, norm, mismatch = self._host.tolist()
+        numbers, (norm, mismatch) = self._numbers()[: len(self.sums.numbers)], self._numbers()[-2:]
         total = self.sums.totals(numbers)
         kept = f"the weights are those of step {self.step - 1}"
         if mismatch:
@@ -278,15 +296,32 @@ class StepReport:
         if not total.weight > 0:
             raise NonFiniteLossError(
                 f"step {self.step}: the weights of the global batch add up to {total.weight}, so nothing can be learnt; "
-                f"samples of rank {self.rank}: {list(self.samples)}."
+                f"samples of rank {self.rank}: {list(self.samples)}.",
+                self,
             )
         loss = total.loss / total.weight
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NonFiniteLossError(
                 f"step {self.step}: loss {loss}, gradient norm {norm}; {kept}. "
-                f"Samples of rank {self.rank}: {list(self.samples)}. Lower --lr, or set --clip-grad."
+                f"Samples of rank {self.rank}: {list(self.samples)}. Lower --lr, or set --clip-grad.",
+                self,
             )
         return total, loss, norm
+
+    def parts(self) -> dict[str, float]:
+        """After `read`: `loss/<expert>`, the mean over its own samples, and `grad_norm/<expert>`, of each that had some."""
+        told: dict[str, float] = {}
+        numbers = self._numbers()
+        parts = self.sums.totals(numbers[: len(self.sums.numbers)]).parts
+        norms = numbers[len(self.sums.numbers) : -2]
+        for name, (loss, weight), norm in zip(self.part_norms, parts, norms, strict=True):
+            if weight > 0:
+                told |= {f"loss/{name}": loss / weight, f"grad_norm/{name}": norm}
+        return told
+
+    def _numbers(self) -> list[float]:
+        numbers: list[float] = self._host.tolist()
+        return numbers
 
 
 def sharded_roots(model: nn.Module, plans: Mapping[str, object]) -> list[nn.Module]:

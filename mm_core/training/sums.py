@@ -25,6 +25,7 @@ class StepTotals:
     stop: bool
     metrics: dict[str, float]
     save_failed: bool = False
+    parts: tuple[tuple[float, float], ...] = ()  # loss and weight of each expert, where there are several
 
 
 class StepSums:
@@ -32,18 +33,30 @@ class StepSums:
 
     Args:
         device: of the losses; the sums stay there until `reduce`.
+        parts: experts, whose losses and weights are added up apart as well.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, parts: int = 0) -> None:
+        self.parts = torch.zeros(2, parts, device=device)  # losses, weights
         self.loss = torch.zeros((), device=device)
         self.weight = torch.zeros((), device=device)
         self.tokens = 0
         self.metrics: dict[str, torch.Tensor] = {}
+        self.samples: list[tuple[torch.Tensor, torch.Tensor]] = []  # of each micro batch, as they were added
 
     def add(
-        self, losses: torch.Tensor, weights: torch.Tensor, metrics: dict[str, torch.Tensor], tokens: int
+        self,
+        losses: torch.Tensor,
+        weights: torch.Tensor,
+        metrics: dict[str, torch.Tensor],
+        tokens: int,
+        part: int = 0,
     ) -> None:
-        """Add one micro batch: losses `[B]`, weights `[B]`, metrics 0-d."""
+        """Add one micro batch: losses `[B]`, weights `[B]`, metrics 0-d; of this expert."""
+        if self.parts.shape[1]:
+            self.parts[0, part] += losses.detach().sum(dtype=torch.float32)
+            self.parts[1, part] += weights.detach().sum(dtype=torch.float32)
+        self.samples.append((losses.detach(), weights.detach()))
         self.loss += losses.detach().sum(dtype=torch.float32)
         self.weight += weights.detach().sum(dtype=torch.float32)
         self.tokens += tokens
@@ -79,12 +92,13 @@ class StepSums:
                 self.loss.new_full((), self.tokens % _TOKEN_UNIT),
             ]
         )
+        numbers = torch.cat([numbers, self.parts.flatten()])
         own = len(numbers)
         if others is not None and len(others):
             numbers = torch.cat([numbers, others])
         if dist.get_world_size() > 1:
             dist.all_reduce(numbers)
-        return ReducedSums(numbers[:own], numbers[own:], tuple(names))
+        return ReducedSums(numbers[:own], numbers[own:], tuple(names), self.parts.shape[1])
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,12 @@ class ReducedSums:
     numbers: torch.Tensor
     others: torch.Tensor
     metrics: tuple[str, ...]
+    parts: int = 0
+
+    @property
+    def part_weights(self) -> torch.Tensor:
+        """Of each expert, `[parts]`."""
+        return self.numbers[len(self.numbers) - self.parts :]
 
     @property
     def loss(self) -> torch.Tensor:
@@ -116,8 +136,11 @@ class ReducedSums:
         Args:
             numbers: a copy on the host; without it this waits for the device.
         """
-        values = self.numbers.tolist() if numbers is None else numbers
+        values = list(self.numbers.tolist() if numbers is None else numbers)
+        end = len(values) - 2 * self.parts
+        values, losses, weights = values[:end], values[end : end + self.parts], values[end + self.parts :]
         loss, weight, *metrics, stopped, failed, thousands, rest = values
         tokens = thousands * _TOKEN_UNIT + rest
         named = dict(zip(self.metrics, metrics, strict=True))
-        return StepTotals(loss, weight, tokens, stopped > 0, named, failed > 0)
+        parts = tuple(zip(losses, weights, strict=True))
+        return StepTotals(loss, weight, tokens, stopped > 0, named, failed > 0, parts)

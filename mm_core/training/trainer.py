@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from functools import cached_property
@@ -19,25 +18,33 @@ from torch import nn
 import mm_core
 from mm_core.accelerator import Accelerator
 from mm_core.config import TrainingJob
-from mm_core.data import build_loader
+from mm_core.config.model import ModelConfig
 from mm_core.data.streams import is_streamed
 from mm_core.models.factory import build_model
 from mm_core.models.kernels import Computation
+from mm_core.models.sora import EncoderUse
 from mm_core.models.text_encoders import check_vocabulary
 from mm_core.models.transformers_model import TransformersModel
 from mm_core.models.vocabulary import check_network_vocabulary
 from mm_core.observe.callback import RunContext, StepRecord
 from mm_core.sharding.parameters import part_parameters
+from mm_core.training.ahead import StepInputs
+from mm_core.training.bad_batch import bad_batch_kept
+from mm_core.training.batches import TrainingBatches
 from mm_core.training.callbacks import build_callbacks
 from mm_core.training.changes import identity, learning_rate
+from mm_core.training.clip_shapes import check_clip_shapes
 from mm_core.training.describe import describe
 from mm_core.training.ema import ExponentialAverage
+from mm_core.training.experts import ExpertPasses
 from mm_core.training.export import Exported, check_export, export
-from mm_core.training.gradients import scale_and_clip
 from mm_core.training.initial_weights import load_initial_weights
-from mm_core.training.optimizer import build_optimizer
+from mm_core.training.looks import Looks
+from mm_core.training.optimizer import build_optimizer, set_learning_rate
+from mm_core.training.parameter_groups import group_settings
 from mm_core.training.resume import Resume, find_resume, loader_state
 from mm_core.training.run_folder import RunFolder
+from mm_core.training.samples import build_samples
 from mm_core.training.saving import CheckpointSaver
 from mm_core.training.step import (
     GradientExchange,
@@ -48,6 +55,7 @@ from mm_core.training.step import (
     sharded_roots,
 )
 from mm_core.training.sums import StepSums
+from mm_core.training.updates import ExpertUpdates, build_updates
 from mm_core.training.validation import build_validation
 from mm_core.weights.retention import Retention
 from mm_core.weights.stored import StoredWeights
@@ -94,8 +102,12 @@ class Trainer:
         sizes = job.parallel
         self.accumulation = flags.accumulation_steps(sizes.data_parallel(self.world_size))
 
-        where = Computation.of(self.device, job.fsdp2.param_dtype)
+        where = Computation.of(self.device, job.fsdp2.param_dtype, shares_sequences=sizes.cp > 1)
         self.model = build_model(job.components, device=self.device, hooks=job.hooks, where=where)
+        if isinstance(job.model, ModelConfig):
+            use = EncoderUse(job.model.encoder_offload_interval, job.model.enable_encoder_dp)
+            self.model.encoder_use = use
+        check_clip_shapes(dataset, self.model)
         tokenizer_size = getattr(dataset, "tokenizer_size", None)
         text_encoder = getattr(self.model, "text_encoder", None)
         if tokenizer_size is not None and text_encoder is not None:
@@ -113,7 +125,10 @@ class Trainer:
         self.parameters = [p for module in trained.values() for p in module.parameters() if p.requires_grad]
         # With `clip_grad_async` the host never waits for a step: a bad one is skipped on the device and noticed a step later.
         self.clip_grad_async = job.model.patch.clip_grad_async
-        self.optimizer = build_optimizer(self.parameters, flags, skips_on_device=self.clip_grad_async)
+        settings = group_settings(trained, flags, self.model.sharding_roots())
+        self.optimizer = build_optimizer(
+            self.parameters, flags, settings=settings, skips_on_device=self.clip_grad_async
+        )
         roots = sharded_roots(self.model, self.model.sharding_plans)
         self.exchange = GradientExchange(roots, self.model.device_mesh, self.accumulation)
         self.exchange_of_sums = SumsExchange(UnusedParameters(roots, self.device, sizes.pp), mesh)
@@ -125,26 +140,33 @@ class Trainer:
         self.ema = None if flags.ema_decay is None else ExponentialAverage(trained, flags.ema_decay)
         task = mm_core.TASK_MAPPINGS[job.components["task"].model_id]
         self.task = task(self.model, seed=flags.seed, device=self.device)
+        self.updates = build_updates(
+            trained, self.optimizer,
+            experts=getattr(self.model, "experts", ()),
+            offload=job.fsdp2.offload_idle_predictor and not job.fsdp2.offload_to_cpu,
+            ranks=self.model.device_mesh.size() * mesh.sizes.tp, max_norm=flags.clip_grad, stages=mesh.pp_group,
+            ema=self.ema,
+        )  # fmt: skip
         self.passes = self._build_passes()
         if resume is not None:
             resume.restore(trained, self.optimizer, self.ema, flags)
         # What is built or started from here on may draw, and would do so once more than in a run that was not interrupted.
         self.generators = accelerator.rng_state() if resume is not None else None
         self.dataset_samples = None if is_streamed(dataset) else len(dataset)
-        self.loader = build_loader(
-            dataset,
-            job.data,
-            seed=flags.seed,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
-            micro_batch_size=flags.micro_batch_size,
-            global_batch_size=flags.global_batch_size,
-            num_workers=flags.num_workers,
-            consumed_samples=self.consumed_samples,
-            position=resume.position if resume else None,
+        self.batches = TrainingBatches(
+            job, dataset, mesh,
+            accumulation=self.accumulation, consumed_samples=self.consumed_samples,
+            position=resume.position if resume else None, owners=getattr(self.task, "owners", None),
+        )  # fmt: skip
+        self.inputs = StepInputs(
+            lambda indices: self.task.prepare(self.batches.step(indices)),
+            accelerator, encode_ahead=flags.encode_ahead, streamed=is_streamed(dataset),
+        )  # fmt: skip
+        self.looks = Looks(
+            build_validation(job, dataset, self.model, self.passes, accelerator),
+            build_samples(job, self.model, mesh, accelerator, run.path if run else None),
+            self.ema if flags.eval_ema else None,
         )
-        self.batches = iter(self.loader)
-        self.validation = build_validation(job, dataset, self.model, self.passes, accelerator)
         if flags.save_hf:
             check_export(self.exported())
         self.callbacks = build_callbacks(
@@ -156,6 +178,9 @@ class Trainer:
 
     def _build_passes(self) -> Passes | PipelineStep:
         """What runs the forward and backward passes of a step."""
+        if isinstance(self.updates, ExpertUpdates):
+            mesh = self.model.device_mesh
+            return ExpertPasses(self.model, self.task, list(self.trained), mesh, self.updates)
         if self.mesh.pp is None:
             return Passes(self.model, self.task, self.exchange, self.accumulation)
         from mm_core.training.pipeline import PipelineStep  # few jobs have stages
@@ -214,14 +239,20 @@ class Trainer:
                 callback.on_train_start(context)
             if self.saver is not None:
                 ends.enter_context(self.saver)  # the last checkpoint is complete before a callback ends
+            folder = None if self.run is None else self.run.path
+            ends.enter_context(bad_batch_kept(folder, self.rank, self.trained, self.batches.again))
+            ends.callback(self.updates.all_here)
+            ends.enter_context(self.inputs)
             describe(self)
             if self.generators is not None:
                 self.accelerator.set_rng_state(self.generators)
+            if self.step == 0:
+                self.looks.before_training(stop_requested)
             while self.step < flags.train_iters and not stopping:
                 for callback in self.callbacks:
                     callback.on_step_start(context, self.step + 1)
                 self.reports.append(self._train_step(stop_requested))
-                stopping = self._validate(context, stop_requested)
+                stopping = self._look(context, stop_requested)
                 stopping = self._tell(context, unread=1 if self.clip_grad_async else 0) or stopping
                 if flags.exit_interval and self.step % flags.exit_interval == 0:
                     break
@@ -238,59 +269,49 @@ class Trainer:
             self.export()  # also of a run that was killed between its last checkpoint and this
         return stopping
 
-    def _micro_batches(self, indices: list[int]) -> Iterator[dict[str, Any]]:
-        """The micro batches of one optimizer step, read when they are asked for; their samples are noted."""
-        for batch in itertools.islice(self.batches, self.accumulation):
-            indices += batch["sample_index"].tolist()
-            yield batch
-
     def _train_step(self, stop_requested: Callable[[], bool]) -> StepReport:
         """One optimizer step over the global batch."""
         started = time.perf_counter()
         flags = self.flags
         indices: list[int] = []
-        sums = StepSums(self.device)
-        micro_batches = self.task.prepare(self._micro_batches(indices))
-        self.passes.run(micro_batches, sums)
+        sums = StepSums(self.device, self.updates.parts)
+        self.passes.run(self.inputs.step(indices, more=self.step + 1 < flags.train_iters), sums)
         save_failed = self.saver is not None and self.saver.failed
         reduced, mismatch = self.exchange_of_sums.reduce(sums, stop_requested(), save_failed=save_failed)
-
-        # FSDP takes the mean of gradients over its ranks; what is wanted is their sum divided by the weight of the whole
-        # global batch. Ranks that share tensors compute one loss together, and each of them counts its weight.
-        scale = self.model.device_mesh.size() * self.mesh.sizes.tp / reduced.weight
-        norm = scale_and_clip(self.parameters, scale, flags.clip_grad, self.mesh.pp_group)
+        norm, part_norms = self.updates.norms(reduced)
         rate = self.learning_rate(self.step + 1)
-        report = StepReport(self.step + 1, reduced, norm, mismatch, self.rank, indices, rate)
+        report = StepReport(self.step + 1, reduced, norm, mismatch, self.rank, indices, sums.samples, rate)
+        report.consumed_samples = self.consumed_samples + flags.global_batch_size
+        report.part_norms = part_norms
         report.send(self.accelerator)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         if self.clip_grad_async:
             self.failed = torch.maximum(self.failed, report.bad)
             self.optimizer.found_inf = self.failed  # as a GradScaler does
         else:
             report.read()  # raises before a weight is changed
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update()
+        self.updates.step()
 
         self.step += 1
         self.consumed_samples += flags.global_batch_size
+        self.inputs.rest()  # what comes between steps may use the encoders
         if not self.clip_grad_async:
             self.accelerator.synchronize()
         report.seconds = time.perf_counter() - started
-        report.consumed_samples = self.consumed_samples
         return report
 
-    def _validate(self, context: RunContext, stop_requested: Callable[[], bool]) -> bool:
-        """Validate if it is time, and leave the numbers in the step's report; as `_tell`, which comes after it."""
-        if self.validation is None or not self.validation.due(self.step):
+    def _look(self, context: RunContext, stop_requested: Callable[[], bool]) -> bool:
+        """Validate and make sample videos if it is time, and leave the numbers in the step's report; as `_tell`, which comes
+        after it.
+        """
+        if not self.looks.due(self.step):
             return False
         stopping = self._tell(context, unread=1)
         report = self.reports[-1]
-        total, *_ = report.read()  # nothing bad is validated
+        total, *_ = report.read()  # nothing bad is looked at
         if not (stopping or total.stop):  # after SIGTERM there may be no time for more than the checkpoint
-            report.validation = self.validation.run(self.step, stop_requested)
+            self.updates.all_here()
+            report.validation = self.looks.run(self.step, stop_requested)
         return stopping
 
     def _tell(self, context: RunContext, unread: int = 0) -> bool:
@@ -315,6 +336,7 @@ class Trainer:
                 memory_bytes=self.accelerator.max_memory_bytes(),
                 consumed_samples=report.consumed_samples,
                 extra={name: value / total.weight for name, value in total.metrics.items()}
+                | report.parts()
                 | report.validation,
             )
             for callback in self.callbacks:
@@ -330,6 +352,7 @@ class Trainer:
         """Save a checkpoint of this step (all ranks call it); nothing without `--save`."""
         if self.saver is None:
             return
+        self.updates.all_here()
         optimizer = None if self.flags.no_save_optim else self.optimizer
         modules, rng = self.saved_modules(), not self.flags.no_save_rng
         contents = Contents(modules, optimizer, self.state(), rng, self.mesh.sizes.pp, self.mesh.told_stage)
@@ -339,6 +362,7 @@ class Trainer:
         """Write the weights of this step as Hugging Face folders (all ranks call it), if `--save-hf` asks for it."""
         if self.run is None or not self.flags.save_hf or self.exported_at == self.step:
             return
+        self.updates.all_here()
         export(self.run.path, self.step, self.exported())
         self.exported_at = self.step
 
@@ -371,5 +395,5 @@ class Trainer:
             "seed": self.flags.seed,
             **self.identity,
             **{name: value for name, value in optional.items() if value is not None},
-            **loader_state(self.loader, self.job),
+            **loader_state(self.batches.loader, self.job),
         }

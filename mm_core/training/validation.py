@@ -97,10 +97,10 @@ class Validation:
         """
         started = time.perf_counter()
         sums = ValidationSums()
-        with torch.no_grad(), _left_as_it_was(self.model, self.accelerator):
+        with torch.no_grad(), left_as_it_was(self.model, self.accelerator):
             for batch, samples in self._together(stop_requested):
-                inputs = next(iter(self.task.prepare([batch])))
-                sums.add(self.forward(inputs), samples)
+                for number, inputs in enumerate(self._inputs(batch)):
+                    sums.add(self.forward(inputs), samples, again=number > 0)
             total = sums.reduce()
         if self._given_up:
             log.info("validation after step %d is given up: the run was asked to stop", step)
@@ -116,6 +116,11 @@ class Validation:
         told = ", ".join(f"{name.removeprefix('val_')} {value:.4f}" for name, value in means.items())
         log.info("validation after step %d: %s; %d samples in %.1f s", step, told, count, seconds)
         return {**means, "val_samples": count, "val_seconds": seconds}
+
+    def _inputs(self, batch: Batch) -> Iterator[Any]:
+        """What the model is run with for one batch: once, or as often as the task says."""
+        several = getattr(self.task, "validation_inputs", None)
+        return several(batch) if several is not None else iter(self.task.prepare([batch]))
 
     def _forward(self, inputs: Any) -> LossParts:
         return self.task.loss(self.task.forward(self.model, inputs), inputs)
@@ -164,9 +169,13 @@ class ValidationSums:
         self._weights: list[torch.Tensor] = []
         self._metrics: dict[str, list[torch.Tensor]] = {}
 
-    def add(self, parts: LossParts | None, samples: int) -> None:
-        """Add a micro batch: losses `[B]`, weights `[B]`, metrics 0-d; none of them if it has no sample of the set."""
-        self.samples += samples
+    def add(self, parts: LossParts | None, samples: int, *, again: bool = False) -> None:
+        """Add a micro batch: losses `[B]`, weights `[B]`, metrics 0-d; none of them if it has no sample of the set.
+
+        Args:
+            again: the samples are those of the call before, and counted.
+        """
+        self.samples += 0 if again else samples
         if parts is None or not samples:
             return
         losses, weights, metrics = parts
@@ -221,7 +230,7 @@ def _sum(values: Sequence[torch.Tensor]) -> float:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+def left_as_it_was(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Put a model in eval mode, and afterwards modes, generators and what FSDP2 remembers of forward passes back."""
     modes = [(module, module.training) for module in model.modules()]
     generators = accelerator.rng_state()

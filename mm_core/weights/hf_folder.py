@@ -38,7 +38,7 @@ from mm_registry.words import clip, described
 
 log = logging.getLogger(__name__)
 
-_SINGLE = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+_SINGLE = ("diffusion_pytorch_model.safetensors", "model.safetensors", "adapter_model.safetensors")
 _INDEX = ".safetensors.index.json"
 _LARGEST_INDEX = 100_000_000  # bytes, as of a file's header
 

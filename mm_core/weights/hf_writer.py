@@ -97,6 +97,7 @@ class FolderWriter:
         tensors: name -> what will be written; all of them must be.
         files: the names of each file, from `split_files`.
         stem: of the files' names: `diffusion_pytorch_model` is what diffusers reads, `model` what transformers does.
+        names: of the files themselves, which then are no parts of one whole and get no index.
         metadata: texts for the files' headers, beside `format`.
 
     Raises:
@@ -110,12 +111,13 @@ class FolderWriter:
         files: Sequence[Sequence[str]],
         *,
         stem: str = DIFFUSERS_STEM,
+        names: Sequence[str] | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self._target = Path(os.path.realpath(folder))  # a link to an empty folder stays one
         self._temporary = self._target.parent / f"{TEMPORARY}{self._target.name}"
-        self._tensors, self._stem = tensors, stem
+        self._tensors, self._stem, self._names = tensors, stem, names
         self._metadata = {**(metadata or {}), "format": "pt"}
         self._unwritten = set(tensors)
         self._where: dict[str, _File] = {}
@@ -207,7 +209,7 @@ class FolderWriter:
             for file in self._files:
                 self._opened(file)  # one without tensors is written too
                 self._finish(file)
-            if len(self._files) > 1:
+            if len(self._files) > 1 and self._names is None:
                 self.write_text(f"{self._stem}.safetensors.index.json", self._index())
             sync_folder(self._temporary)
             os.replace(self._temporary, self._target)
@@ -284,6 +286,8 @@ class FolderWriter:
         file.stream = None
 
     def _file_name(self, index: int, count: int) -> str:
+        if self._names is not None:
+            return self._names[index]
         if count == 1:
             return f"{self._stem}.safetensors"
         return f"{self._stem}-{index + 1:05d}-of-{count:05d}.safetensors"

@@ -103,26 +103,26 @@ class NamedOptimizer:
             the learning rate, which the loop sets each step, aside.
 
         Raises:
-            WeightsError: the groups hold other parameters.
+            WeightsError: they are of other parameters. How these were grouped makes no difference.
         """
-        groups = self.optimizer.param_groups
-        stored = settings["groups"]
-        same = len(groups) == len(stored) and all(
-            {self.names[p] for p in group["params"]} == set(entry["params"]).difference(elsewhere)
-            for group, entry in zip(groups, stored, strict=True)
-        )
-        if not same:
+        now = {self.names[p]: group for group in self.optimizer.param_groups for p in group["params"]}
+        before = {
+            name: entry["hyperparameters"]
+            for entry in settings["groups"]
+            for name in entry["params"]
+            if name not in elsewhere
+        }
+        if now.keys() != before.keys():
+            missing, unexpected = compare_keys(now, before)
             raise WeightsError(
-                f"The stored optimizer has {len(stored)} groups of {[len(g['params']) for g in stored]} "
-                f"parameters, this run's has "
-                f"{len(groups)} of {[len(g['params']) for g in groups]}, or others; "
-                "use --no-load-optim to go on without it."
+                "The stored optimizer is one of other parameters (use --no-load-optim to go on without it):\n"
+                + "\n".join([*missing, *unexpected])
             )
         changes = [
-            f"{key} {value} → {_plain(group.get(key))}"
-            for group, entry in zip(groups, stored, strict=True)
-            for key, value in entry["hyperparameters"].items()
-            if key not in ("lr", "initial_lr") and _as_json(group.get(key)) != value
+            f"{key} {value} → {_plain(now[name].get(key))}"
+            for name, hyperparameters in before.items()
+            for key, value in hyperparameters.items()
+            if key not in ("lr", "initial_lr") and _as_json(now[name].get(key)) != value
         ]
         scalars = settings["scalars"]
         for name, key, _ in list(self._items()):

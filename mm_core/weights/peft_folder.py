@@ -27,7 +27,9 @@ from mm_registry.words import described
 #: PEFT's own name of what wraps the network. diffusers: `load_lora_adapter(folder, prefix="base_model.model")`.
 PREFIX = "base_model.model."
 ADAPTER_CONFIG = "adapter_config.json"
-_STEM = "adapter_model"
+_FILE = "adapter_model.safetensors"
+# The same adapter under the names by which diffusers' pipelines know their networks: `pipeline.load_lora_weights(folder)`.
+_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 # diffusers knows the scale of an adapter from here; without it alpha would be taken for the rank.
 _DIFFUSERS_METADATA = "lora_adapter_metadata"
 
@@ -39,10 +41,12 @@ def save_peft_folder(
     *,
     values: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Write one adapter of a module as `adapter_config.json` and `adapter_model.safetensors`, in its own dtype.
+    """Write one adapter of a module as `adapter_config.json` and `adapter_model.safetensors`, in its own dtype; of a network
+    of diffusers also as `pytorch_lora_weights.safetensors`.
 
     The folder appears whole or not at all. Read it with `PeftModel.from_pretrained(model, folder)`, transformers'
-    `model.load_adapter(folder)`, or diffusers' `model.load_lora_adapter(folder, prefix="base_model.model")`.
+    `model.load_adapter(folder)`, diffusers' `model.load_lora_adapter(folder, prefix="base_model.model",
+    weight_name="adapter_model.safetensors")`, or its `pipeline.load_lora_weights(folder)`.
 
     Args:
         module: PEFT layers were put into it, by `peft.inject_adapter_in_model`, diffusers' or transformers'
@@ -64,19 +68,28 @@ def save_peft_folder(
     with ExitStack() as stack:
         with ranks_agree(what, alone=alone):
             config, chosen = _adapter(module, tensors, adapter)
-            planned = {name: PlannedTensor(t.dtype, tuple(t.shape)) for name, t in chosen.items()}
+            prefixes = [PREFIX, *_diffusers_prefix(module)]
+            renamed = {name: [p + name.removeprefix(PREFIX) for p in prefixes] for name in chosen}
+            planned = {
+                other: PlannedTensor(t.dtype, tuple(t.shape))
+                for name, t in chosen.items()
+                for other in renamed[name]
+            }
             text = json.dumps(config, indent=2, sort_keys=True)
             if alone or rank() == 0:
-                metadata = {_DIFFUSERS_METADATA: json.dumps({PREFIX + k: v for k, v in config.items()})}
-                files = [list(planned)]
+                told = {p + key: value for p in prefixes for key, value in config.items()}
+                files = [list(one) for one in zip(*renamed.values(), strict=True)]
+                names = [_FILE, _DIFFUSERS_FILE][: len(files)]
+                metadata = {_DIFFUSERS_METADATA: json.dumps(told)}
                 writer = stack.enter_context(
-                    FolderWriter(folder, planned, files, stem=_STEM, metadata=metadata)
+                    FolderWriter(folder, planned, files, names=names, metadata=metadata)
                 )
         whole = {name: whole_tensor(t) if isinstance(t, DTensor) else t for name, t in chosen.items()}
         with ranks_agree(what, alone=alone):
             if writer is not None:
                 for name, tensor in whole.items():
-                    writer.write(name, tensor)
+                    for other in renamed[name]:
+                        writer.write(other, tensor)
                 writer.write_text(ADAPTER_CONFIG, text + "\n")
                 writer.publish()
     return folder
@@ -100,6 +113,14 @@ def load_peft_folder(module: nn.Module, folder: Path | str, adapter: str | None 
     with ranks_agree(f"loading {folder}", alone=alone):
         _, chosen = _adapter(module, tensors, adapter)
         fill_from_folder(chosen, folder)
+
+
+def _diffusers_prefix(module: nn.Module) -> list[str]:
+    """What diffusers' pipelines put before the names of a network of theirs: that of the part that it is."""
+    names = [cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("diffusers.")]
+    if "PeftAdapterMixin" not in names:
+        return []
+    return ["unet." if any("UNet" in name for name in names) else "transformer."]
 
 
 def _adapter(

@@ -28,7 +28,7 @@ from mm_core.training.sums import StepSums
 from mm_core.training.tasks.language import LanguageTask
 from mm_core.weights import materialize
 from mm_core.weights.tensors import state_tensors
-from mm_plugin_wan22.policy import WANDIT
+from mm_plugin_wan22.policy import wandit
 from mm_plugin_wan22.predictor import WanDiT
 from tests.distributed import models, vision_language
 from tests.distributed.against_one import whole
@@ -95,6 +95,9 @@ class Way:
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
+CONDITIONS = ("i2v_vae_feature", "clip_feature", "first_frame_latents")
+
+
 class FlowTask:
     """Flow matching on noised videos, as `DiffusionTask` does it after its encoders."""
 
@@ -107,7 +110,10 @@ class FlowTask:
     def forward(self, model: Any, inputs: Batch) -> Any:
         s = inputs["sigma"].view(-1, 1, 1, 1, 1)
         noised = (1 - s) * inputs["video"] + s * inputs["noise"]
-        return model.predictor(noised, inputs["sigma"] * 1000, inputs["text"])
+        given = {name: inputs[name] for name in CONDITIONS if name in inputs}
+        if "first_frame_latents" in given:
+            noised = torch.cat([given["first_frame_latents"], noised[:, :, 1:]], 2)
+        return model.predictor(noised, inputs["sigma"] * 1000, inputs["text"], **given)
 
     def loss(self, outputs: torch.Tensor, inputs: Batch) -> Any:
         losses = (outputs.float() - (inputs["noise"] - inputs["video"])).square().flatten(1).mean(1)
@@ -128,17 +134,45 @@ def _flow_batch(step: int) -> Batch:
     }
 
 
+def _two_frames_batch(step: int) -> Batch:
+    """With what becomes of a first and a last frame."""
+    generator = torch.Generator().manual_seed(100 + step)
+    return {
+        **_flow_batch(step),
+        "i2v_vae_feature": torch.randn(BATCH, 8, 2, 8, 8, generator=generator),
+        "clip_feature": torch.randn(BATCH, 2 * 3, 16, generator=generator),
+    }
+
+
+def _first_frame_batch(step: int) -> Batch:
+    generator = torch.Generator().manual_seed(100 + step)
+    return {
+        **_flow_batch(step),
+        "first_frame_latents": torch.randn(BATCH, 4, 1, 8, 8, generator=generator),
+    }
+
+
 def _token_batch(step: int) -> Batch:
     """Samples differ in how many of their tokens count, so micro batches differ in weight."""
     batch = models.DENSE.batch(step)
     return {"input_ids": batch["ids"], "labels": batch["labels"]}
 
 
-def _wan() -> nn.Module:
-    return WanDiT(
-        in_dim=4, out_dim=4, hidden_size=96, ffn_dim=96, freq_dim=32, text_dim=32, text_len=8, num_heads=4, num_layers=4,
-        max_seq_len=16,
-    )  # fmt: skip
+_WAN = {
+    "in_dim": 4, "out_dim": 4, "hidden_size": 96, "ffn_dim": 96, "freq_dim": 32, "text_dim": 32, "text_len": 8,
+    "num_heads": 4, "num_layers": 4, "max_seq_len": 16,
+}  # fmt: skip
+_FLF2V = {"model_type": "flf2v", "in_dim": 12, "text_len": 512, "img_dim": 16, "clip_token_len": 3}
+
+
+def _wan(batch: Callable[[int], Batch], **changes: Any) -> Kind:
+    section = {**_WAN, **changes}
+    return Kind(
+        lambda: WanDiT(**section),
+        lambda network: SoRAModel(predictor=network, sharding_policies={"predictor": wandit(section)}),
+        batch,
+        FlowTask,
+    )
 
 
 @dataclass(frozen=True)
@@ -160,12 +194,9 @@ def _text(make: Callable[[], nn.Module], policy: ShardingPolicy) -> Kind:
 
 _LAYERS = ("model.layers.{*}",)
 KINDS = {
-    "wan": Kind(
-        _wan,
-        lambda network: SoRAModel(predictor=network, sharding_policies={"predictor": WANDIT}),
-        _flow_batch,
-        FlowTask,
-    ),
+    "wan": _wan(_flow_batch),
+    "wan-flf2v": _wan(_two_frames_batch, **_FLF2V),
+    "wan-ti2v": _wan(_first_frame_batch, model_type="ti2v"),
     "dense": _text(models._dense, ShardingPolicy(units=_LAYERS, context=causal_text())),
     "moe": _text(
         models.moe,

@@ -164,7 +164,7 @@ def test_a_trained_adapter_is_written_as_a_folder_of_peft(tmp_path: Path) -> Non
     run_ranks(rank, 2)
     folder = export_folder(tmp_path / "run", 7) / "predictor"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors",
+        "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors",
     ]  # fmt: skip
     assert json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] == 12
     by_peft = PeftModel.from_pretrained(WanTransformer3DModel.from_pretrained(tmp_path / "base"), folder)

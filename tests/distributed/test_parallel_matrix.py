@@ -16,6 +16,7 @@ pytestmark = pytest.mark.timeout(150)
 FEW = (
     Way("wan", 4, cp=2, micro=2),
     Way("wan", 2, pp=2, micro=2),
+    Way("wan-ti2v", 2, cp=2, micro=2),
     Way("dense", 4, tp=2),
     Way("moe", 4, cp=2, ep=2, algo="ring"),
     # images and videos
@@ -57,6 +58,12 @@ REST = (
     Way("wan", 4, pp=2, vpp=2, micro=1, recompute=True),
     Way("wan", 4, pp=2, micro=2, dtype="bf16"),
     Way("wan", 4, pp=2, cp=2, micro=2),
+    # given frames
+    Way("wan-ti2v", 2, pp=2, micro=2),
+    Way("wan-ti2v", 4, pp=2, cp=2, micro=2),
+    Way("wan-flf2v", 2, micro=2),
+    Way("wan-flf2v", 4, cp=2, algo="ring", micro=2),
+    Way("wan-flf2v", 2, pp=2, micro=2),
     # images and videos
     *(
         way

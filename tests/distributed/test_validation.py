@@ -59,11 +59,14 @@ def by_hand(trainer: Any) -> float:
     with torch.no_grad():
         for k in range(SAMPLES):
             batch = {
-                **collate([trainer.validation.batches.dataset.get(k, k)]),
+                **collate([trainer.looks.validation.batches.dataset.get(k, k)]),
                 "sample_index": torch.tensor([k]),
             }
-            (inputs,) = task.prepare([batch])
-            losses.append(task.loss(task.forward(trainer.model, inputs), inputs)[0].item())
+            parts = [
+                task.loss(task.forward(trainer.model, one), one) for one in task.validation_inputs(batch)
+            ]
+            assert sum(weights.item() for _, weights, _ in parts) == pytest.approx(1)
+            losses.append(sum(loss.item() for loss, _, _ in parts))
     return sum(losses) / SAMPLES
 
 

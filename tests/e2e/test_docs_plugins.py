@@ -245,7 +245,7 @@ def test_the_contract_page_names_every_group_role_and_status() -> None:
     rows = {line.split("|")[1].strip(" `") for line in text.splitlines() if line.startswith("| `")}
     assert set(GROUPS) <= rows
     assert set(map(str, Status)) <= rows
-    assert set(ROLES) - {"transformers_model", "i2v_processor"} <= rows  # no command uses these two yet
+    assert set(ROLES) - {"transformers_model"} <= rows
 
 
 def test_the_facts_about_ids_on_the_contract_page_are_understood(tmp_path: Path) -> None:

@@ -238,16 +238,17 @@ def test_mixed_precision_recompute_and_accumulation_from_the_yaml(ten_steps: Pat
 
 
 @pytest.mark.slow
-def test_the_real_autoencoder_trains_too(tmp_path: Path) -> None:
-    vae = Path("examples/tiny/wan22-vae")
-    job = Job(vae / "model.json", vae / "data.json", Job().tools, vae / "fsdp2.yaml")
+@pytest.mark.parametrize("name", ["wan22-vae", "wan22-i2v", "wan22-ti2v"])
+def test_the_real_autoencoder_trains_too(name: str, tmp_path: Path) -> None:
+    vae, example = Path("examples/tiny/wan22-vae"), Path("examples/tiny") / name
+    job = Job(example / "model.json", vae / "data.json", Job().tools, vae / "fsdp2.yaml")
     result = train(job, tmp_path / "run", steps=3)
     assert result.code == 0, result.err
     assert len(losses(tmp_path / "run")) == 3
     out = run_mm(
         "generate",
         "--mm-model",
-        vae / "inference_model.json",
+        example / "inference_model.json",
         "--load",
         tmp_path / "run",
         "--prompt",

@@ -26,6 +26,8 @@ def upstream_wan() -> Callable[..., torch.nn.Module]:
 
     def build(**changes: Any) -> torch.nn.Module:
         fields = {**TINY_WAN, **changes}
+        kind = fields.get("model_type", "t2v")
+        embedded = kind in ("i2v", "flf2v")
         return WanTransformer3DModel(
             patch_size=fields["patch_size"],
             num_attention_heads=fields["num_heads"],
@@ -38,6 +40,9 @@ def upstream_wan() -> Callable[..., torch.nn.Module]:
             num_layers=fields["num_layers"],
             cross_attn_norm=fields.get("cross_attn_norm", True),
             rope_max_seq_len=fields["max_seq_len"],
+            image_dim=fields["img_dim"] if embedded else None,
+            added_kv_proj_dim=fields["hidden_size"] if embedded else None,
+            pos_embed_seq_len=2 * 257 if kind == "flf2v" else None,
         )
 
     return build

@@ -10,17 +10,37 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from mm_core.models import sampler_config, schedulers
 from mm_core.models.protocols import Diffusion
 from mm_core.models.scheduler_config import FlowMatchEulerDiscreteConfig, UniPCMultistepConfig
-from mm_core.models.schedulers import DiffusersScheduler, FlowMatchEulerDiscrete, UniPCMultistep
+from mm_core.models.schedulers import FlowMatchEulerDiscrete, UniPCMultistep
 from mm_registry.errors import UserError
 
 OURS = {"guidance_scale", "num_inference_steps", "num_train_steps"}
 PAIRS = [
     (UniPCMultistepConfig, UniPCMultistep, diffusers.UniPCMultistepScheduler),
     (FlowMatchEulerDiscreteConfig, FlowMatchEulerDiscrete, diffusers.FlowMatchEulerDiscreteScheduler),
+    *(
+        (
+            getattr(sampler_config, f"{name}Config"),
+            getattr(schedulers, name),
+            getattr(diffusers, f"{name}Scheduler"),
+        )
+        for name in (
+            *(
+                "FlowMatchHeunDiscrete",
+                "FlowMatchLCM",
+                "DPMSolverMultistep",
+                "DPMSolverSinglestep",
+                "DEISMultistep",
+            ),
+            *("SASolver", "DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete"),
+        )
+    ),
 ]
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+#: What JSON cannot say is said by None.
+BY_NONE = {"lambda_min_clipped"}
+FLOW: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 
 
 @pytest.mark.parametrize(("config_class", "component", "theirs"), PAIRS)
@@ -33,39 +53,44 @@ def test_config_has_the_fields_and_defaults_of_diffusers(
     assert set(fields) - OURS == set(parameters)
     effective = config_class().effective()
     for name, parameter in parameters.items():
-        assert effective[name] == parameter.default, name
+        assert effective[name] == (None if name in BY_NONE else parameter.default), name
     built = component(**effective)
     assert isinstance(built, Diffusion)
     assert type(built.scheduler) is theirs
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (UniPCMultistep(num_inference_steps=6, **FLOW), diffusers.UniPCMultistepScheduler(**FLOW)),
-        (
-            FlowMatchEulerDiscrete(num_inference_steps=6, shift=5.0),
-            diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
-        ),
-    ],
-)
-def test_sampling_equals_a_plain_diffusers_loop(ours: DiffusersScheduler, theirs: Any) -> None:
+@pytest.mark.parametrize(("_", "component", "theirs"), PAIRS, ids=lambda value: value.__name__)
+def test_sampling_equals_a_plain_diffusers_loop(_: Any, component: Any, theirs: Any) -> None:
+    own = inspect.signature(theirs.__init__).parameters
+    fields: dict[str, Any] = {"shift": 3.0} if "shift" in own else FLOW if "flow_shift" in own else {}
     noise = torch.randn(2, 3, 1, 4, 4)
 
     def model(latents: torch.Tensor, timestep: torch.Tensor, scale: float) -> torch.Tensor:
         assert timestep.shape == (2,)
         return torch.sin(latents * scale) + timestep.view(-1, 1, 1, 1, 1) / 1000
 
-    theirs.set_timesteps(6)
-    x = noise
-    for t in theirs.timesteps:
-        conditional, unconditional = model(x, t.expand(2), 1.0), model(x, t.expand(2), 0.5)
-        x = theirs.step(unconditional + 4.0 * (conditional - unconditional), t, x, return_dict=False)[0]
-    for _ in range(2):  # a second call starts anew
-        result = ours.sample(model, noise, {"scale": 1.0}, uncond_kwargs={"scale": 0.5}, guidance=4.0)
-        assert torch.allclose(result, x, atol=1e-6)
-    assert ours.is_flow
+    scheduler = theirs(**fields)
+    scheduler.set_timesteps(6)
+    extra = {"generator": torch.Generator().manual_seed(3)} if draws(scheduler) else {}
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    for t in scheduler.timesteps:
+        seen = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+        conditional, unconditional = model(seen, t.expand(2), 1.0), model(seen, t.expand(2), 0.5)
+        output = unconditional + 4.0 * (conditional - unconditional)
+        x = scheduler.step(output, t, x, return_dict=False, **extra)[0]
+    ours = component(num_inference_steps=6, **fields)
+    assert ours.is_flow == bool(fields)
+    for _call in range(2):  # a second call starts anew
+        generator = torch.Generator().manual_seed(3)
+        result = ours.sample(
+            model, noise, {"scale": 1.0}, uncond_kwargs={"scale": 0.5}, guidance=4.0, generator=generator
+        )
+        assert torch.allclose(result, x, atol=1e-5, rtol=1e-5)
+
+
+def draws(scheduler: Any) -> bool:
+    return "generator" in inspect.signature(scheduler.step).parameters
 
 
 def test_stochastic_sampling_is_keyed_by_its_generators() -> None:

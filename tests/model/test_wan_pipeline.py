@@ -132,6 +132,9 @@ def test_frames_equal_diffusers(
     assert (expected.abs() < 0.99).float().mean() > 0.9
     plain = pipeline(PROMPTS, seed=3, guidance_scale=1.0)
     assert (video - plain).abs().max() > 1e-3
+    # Left out, it is Wan's own text, as in MindSpeed-MM.
+    assert WanPipeline(model, tokenizer, input_size=SIZE).negative_prompt.startswith("色调艳丽")
+    assert WanPipeline(model, tokenizer, input_size=SIZE, negative_prompt="").negative_prompt == ""
 
 
 def test_two_experts_and_their_guidance_equal_diffusers(
@@ -139,7 +142,9 @@ def test_two_experts_and_their_guidance_equal_diffusers(
 ) -> None:
     tokenizer = PromptTokenizer(tokenizer_folder, max_length=16)
     model = build(UniPCMultistep(num_inference_steps=5, guidance_scale=[4.0, 2.0], **FLOW), experts=2)
-    pipeline = WanPipeline(model, tokenizer, input_size=SIZE, boundary_ratio=0.8, cpu_offload=True)
+    pipeline = WanPipeline(
+        model, tokenizer, input_size=SIZE, boundary_ratio=0.8, cpu_offload=True, negative_prompt=""
+    )
     steps: list[tuple[int, int]] = []
     video = pipeline(PROMPTS, seed=4, progress=lambda step, total: steps.append((step, total)))
     other = theirs(
@@ -163,7 +168,7 @@ def test_training_scheduler_samples_as_diffusers_on_its_grid(
             shift=5.0, sigma_min=0.0, extra_one_step=True, num_inference_timesteps=5, guidance_scale=2.0
         )
     )
-    video = WanPipeline(model, tokenizer, input_size=SIZE)(PROMPTS, seed=5)
+    video = WanPipeline(model, tokenizer, input_size=SIZE, negative_prompt="")(PROMPTS, seed=5)
     expected = run_theirs(
         theirs(model, tokenizer, SigmaGrid(shift=5.0), upstream_wan), noise_for(5), guidance_scale=2.0
     )

@@ -130,6 +130,24 @@ def test_the_experts_share_the_grid_without_gap_or_overlap() -> None:
     assert "0.8748" in WanFlowMatchScheduler(**WAN, max_timestep_boundary=0.417).describe()
 
 
+@pytest.mark.parametrize("boundary", [0.5, 0.875, 0.9, 5 * 0.417 / (1 + 4 * 0.417)])
+def test_both_experts_part_the_grid_as_each_alone_would(boundary: float) -> None:
+    both = WanFlowMatchScheduler(**WAN, boundary=boundary)
+    high, low = (WanFlowMatchScheduler(**WAN, boundary=boundary, expert=expert) for expert in ("high", "low"))
+    assert high.boundary_timestep is None
+    assert both.boundary_timestep is not None
+    above = both.timesteps >= both.boundary_timestep
+    assert both.index_range == (0, len(both.timesteps))
+    assert torch.equal(both.timesteps[above], high.timesteps[slice(*high.index_range)])
+    assert torch.equal(both.timesteps[~above], low.timesteps[slice(*low.index_range)])
+    generators = [torch.Generator().manual_seed(i) for i in range(32)]
+    drawn = both.timesteps_of([g.clone_state() for g in generators])
+    assert torch.equal(drawn, both.q_sample(torch.zeros(32, 1, 1, 1, 1), generator=generators)[2])
+    assert high.timestep_at(1.0) == both.timestep_at(1.0) == float(both.timesteps[0])
+    assert high.timestep_at(0.0) == pytest.approx(boundary * 1000, abs=3)
+    assert "two experts handing over" in both.describe()
+
+
 def test_a_samples_randomness_is_its_own() -> None:
     scheduler = WanFlowMatchScheduler(**WAN)
     latents = torch.randn(4, 2, 1, 3, 3)
@@ -197,7 +215,8 @@ def test_sampling_inverts_a_straight_flow() -> None:
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
-        ({"boundary": 0.9}, "expert"),
+        ({"expert": "low"}, "no boundary"),
+        ({"boundary": 0.999, "sigma_max": 0.9}, "leaves one of the experts no timestep"),
         ({"boundary": 0.9, "expert": "middle"}, "middle"),
         ({"boundary": 0.9, "expert": "low", "min_timestep_boundary": 0.2}, "keep one"),
         ({"min_timestep_boundary": 0.6, "max_timestep_boundary": 0.6}, "min_timestep_boundary"),

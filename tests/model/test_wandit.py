@@ -13,7 +13,7 @@ from torch import nn
 
 from mm_core.models.protocols import Predictor
 from mm_plugin_wan22.patch_embedding import LinearPatchEmbedding
-from mm_plugin_wan22.policy import WANDIT
+from mm_plugin_wan22.policy import wandit
 from mm_plugin_wan22.predictor import WanDiT
 from mm_registry.errors import UserError
 
@@ -221,12 +221,15 @@ def test_bf16_parameters_keep_the_rotary_tables_and_the_timestep_exact() -> None
     assert relative(out.float(), expected) < 0.05
 
 
-def test_policy_names_modules_that_exist() -> None:
+@pytest.mark.parametrize("changes", [{}, {"model_type": "i2v", "in_dim": 36, "text_len": 512}])
+def test_policy_names_modules_that_exist(changes: dict[str, Any]) -> None:
+    section = {**TINY_WAN, **changes}
+    policy = wandit(section)
     with torch.device("meta"):
-        paths = {name for name, _ in WanDiT(**TINY_WAN).named_modules()}
-    for pattern in [*WANDIT.units, *WANDIT.aliases.values()]:
+        paths = {name for name, _ in WanDiT(**section).named_modules()}
+    for pattern in [*policy.units, *policy.aligned, *policy.aliases.values()]:
         assert pattern.replace("{*}", "0") in paths, pattern
-    assert not {alias.replace("{*}", "0") for alias in WANDIT.aliases} & paths
+    assert not {alias.replace("{*}", "0") for alias in policy.aliases} & paths
 
 
 def test_it_is_a_predictor() -> None:

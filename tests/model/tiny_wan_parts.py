@@ -35,3 +35,12 @@ TINY_VAE: dict[str, Any] = {
     "attn_scales": [],
     "temperal_downsample": [False, True, True],
 }
+
+# What the other types of model have of their own.
+TYPES: dict[str, dict[str, Any]] = {
+    "t2v": {},
+    "wan2.2-i2v": {"model_type": "wan2.2-i2v", "in_dim": 36},
+    "i2v": {"model_type": "i2v", "in_dim": 36, "text_len": 512, "img_dim": 20},
+    "flf2v": {"model_type": "flf2v", "in_dim": 36, "text_len": 512, "img_dim": 20},
+    "ti2v": {"model_type": "ti2v"},
+}

@@ -5,7 +5,11 @@ data files, as far as they are small.
 from mm_core.config.cross_checks.boundaries import check_experts
 from mm_core.config.cross_checks.channels import check_channels
 from mm_core.config.cross_checks.chats import check_sequence_length
+from mm_core.config.cross_checks.conditions import check_conditions
 from mm_core.config.cross_checks.data_files import check_data_files
+from mm_core.config.cross_checks.encoding import check_encode_ahead
+from mm_core.config.cross_checks.features import check_features, is_loaded
+from mm_core.config.cross_checks.groups import check_groups
 from mm_core.config.cross_checks.layers import check_layers
 from mm_core.config.cross_checks.paths import check_folders, check_load, check_path, missing_path
 from mm_core.config.cross_checks.ranks import check_ranks
@@ -17,9 +21,13 @@ from mm_core.config.cross_checks.weights import check_weights
 __all__ = [
     "check_channels",
     "check_clip_size",
+    "check_conditions",
     "check_data_files",
+    "check_encode_ahead",
     "check_experts",
+    "check_features",
     "check_folders",
+    "check_groups",
     "check_layers",
     "check_load",
     "check_path",
@@ -29,5 +37,6 @@ __all__ = [
     "check_validation",
     "check_video_size",
     "check_weights",
+    "is_loaded",
     "missing_path",
 ]

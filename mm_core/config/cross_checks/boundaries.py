@@ -124,8 +124,8 @@ def _boundary(runs: Sequence[_Run], inference: Document) -> Iterator[Finding]:
 
 def _asked_for_more(sigmas: TrainedSigmas, boundary: float | None) -> bool:
     """Whether sampling asks an expert for noise levels outside its training."""
-    if boundary is None:
-        return True
+    if boundary is None or sigmas.boundary is not None:
+        return True  # of two experts, one of them
     return boundary < sigmas.low if sigmas.expert == "high-noise" else boundary > sigmas.high
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from mm_core.config.cross_checks.chats import check_chats
+from mm_core.config.cross_checks.data_tables import TABLES, check_table
 from mm_core.config.document import Document, closest_path, expanded
 from mm_core.config.findings import Finding, Level, show
 from mm_core.config.origin import KeyPath
 
 _DATA_PATH: KeyPath = ("dataset_param", "basic_parameters", "data_path")
 _MODE: KeyPath = ("dataset_param", "basic_parameters", "data_storage_mode")
-_ANNOTATIONS = (".json", ".jsonl")
+_ANNOTATIONS = (".json", ".jsonl", *TABLES)
 _BUDGET = 8 * 1024 * 1024  # bytes of annotations that are read; larger sets are only read by training
 _ITEMS = 100
 _FINDINGS = 20
@@ -110,6 +111,9 @@ class _Reader:
             yield self.finding("bad-data", "it names no sample", file, mend=mend)
 
     def annotations(self, file: str, named_at: str) -> Iterator[Finding]:
+        if file.lower().endswith(TABLES):
+            yield from check_table(file, named_at or file, self.level)
+            return
         text = yield from self.text(file, named_at or file, self.budget)
         if text is None:
             return

@@ -12,7 +12,7 @@ from mm_core.testing.check import CheckFailed, CheckSkipped, check, require
 
 _STRANGER = "mm_conformance_unknown_key"
 _NETWORK = "transformers_model"
-_WITH_SECTION = ("predictor", "ae", "text_encoder", "diffusion", "dataset", "pipeline")
+_WITH_SECTION = ("predictor", "ae", "text_encoder", "diffusion", "i2v_processor", "dataset", "pipeline")
 
 
 @check(

@@ -79,6 +79,24 @@ def dataset_is_keyed(case: Case) -> None:
             raise CheckFailed(f"{name} of one sample and key is another one when it is read again")
 
 
+@check("clips have the shape that bucket(index) says, for any key", stage="build", roles=DATASET)
+def dataset_keeps_to_its_buckets(case: Case) -> None:
+    dataset = _dataset(case)
+    bucket = getattr(dataset, "bucket", None)
+    if bucket is None:
+        raise CheckSkipped("it has no method bucket, and its samples cannot be grouped by size")
+    for index in range(min(len(dataset), 4)):
+        shape = bucket(index)
+        for key in (index, 1000 + index):
+            video = _item(dataset, index, key).get("video")
+            if shape is None or not isinstance(video, torch.Tensor):
+                continue
+            if list(video.shape[1:]) != list(shape):
+                raise CheckFailed(
+                    f"bucket({index}) is {list(shape)} (frames, height, width), but its clip has shape {list(video.shape)}"
+                )
+
+
 @check("the loader makes batches of it, the same ones after a resume", stage="build", roles=DATASET)
 def dataset_loads_in_batches(case: Case) -> None:
     from mm_core.config.data import DataConfig

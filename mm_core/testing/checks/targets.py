@@ -102,7 +102,7 @@ def constructor_takes_its_section(case: Case) -> None:
         del fields["model_name_or_path"]
     elif case.role == "dataset" and "seed" in _parameters(case.target):
         fields = {"seed": 0, **fields}
-    elif case.role in ("transformers_model", "i2v_processor"):
+    elif case.role == "transformers_model":
         raise CheckSkipped(f"a {case.role} is not built from the fields of a section")
     problem = _call_problem(case.target, len(given), fields)
     require(problem is None, f"{case.spec.target} does not fit its section: {problem}")

@@ -26,6 +26,11 @@ class Task(Protocol):
         """
         ...
 
+    # Optional. `validation_inputs(batch) -> Iterator[Any]`: inputs of `forward` for one batch of a validation set, where it
+    # is to be run more than once; the weights that `loss` then gives a sample add up to what it counts.
+    # `owners`: see `mm_core.data.dealing`; None, or a function from consumed-sample indices to the expert that owns each.
+    # The inputs of a task with owners have `deal`.
+
     def forward(self, model: torch.nn.Module, inputs: Any) -> Any:
         """Run the trained part on one prepared micro batch."""
         ...

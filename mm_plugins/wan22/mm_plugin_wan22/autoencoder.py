@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class WanVideoVAE(nn.Module):
             every published Wan model expects; `value_shift_scale`: `(z - shift_factor) * scaling_factor`.
         shift_factor, scaling_factor: for `value_shift_scale`; by default those of the network's config.
         enable_tiling, tiling_param: encode and decode in overlapping tiles; sizes and strides in pixels.
+        i2v_processor: not used; its section is a component of its own.
         architecture: upstream's constructor arguments (`base_dim`, `z_dim`, `dim_mult`, `latents_mean`, …);
             None and left-out ones take upstream's value. Beside `model` they must agree with its config.
 
@@ -53,14 +55,12 @@ class WanVideoVAE(nn.Module):
         scaling_factor: float | None = None,
         enable_tiling: bool = False,
         tiling_param: Mapping[str, int] | None = None,
-        i2v_processor: None = None,
+        i2v_processor: Any = None,
         **architecture: Any,
     ) -> None:
         super().__init__()
         if norm_mode not in NORM_MODES:
             raise UserError(f"wan_video_vae: norm_mode {norm_mode!r} is none of {', '.join(NORM_MODES)}")
-        if i2v_processor is not None:
-            raise UserError("wan_video_vae: i2v_processor is not offered for text to video; remove it")
         given = {name: value for name, value in architecture.items() if value is not None}
         if model is None:
             model = _build(given)
@@ -72,8 +72,8 @@ class WanVideoVAE(nn.Module):
         self.latent_channels = int(config.z_dim)
         self.factors = _factors(config)
         self._set_norm(norm_latents, norm_mode, shift_factor, scaling_factor)
-        if enable_tiling:
-            model.enable_tiling(**(tiling_param or {}))
+        model.enable_tiling(**_tiles(tiling_param or {}, self.factors[1]))
+        model.use_tiling = enable_tiling  # the sizes hold for `tiled(True)` as well
 
     @classmethod
     def from_pretrained(
@@ -140,15 +140,34 @@ class WanVideoVAE(nn.Module):
             )
         return 1 + (t - 1) // frames, h // rows, w // columns
 
-    def encode(self, video: torch.Tensor, generator: Generators | None = None) -> torch.Tensor:
+    @contextmanager
+    def tiled(self, enabled: bool) -> Iterator[None]:
+        """Encode and decode in tiles, or not, whatever the section says."""
+        before = self.model.use_tiling
+        self.model.use_tiling = enabled
+        try:
+            yield
+        finally:
+            self.model.use_tiling = before
+
+    def encode(
+        self,
+        video: torch.Tensor,
+        generator: Generators | None = None,
+        *,
+        do_sample: bool | None = None,
+    ) -> torch.Tensor:
         """Video `[B, 3, T, H, W]` in [-1, 1] -> normalised latents `[B, C, T', h, w]`, at least fp32.
 
         Args:
             generator: for `do_sample`, one for all or one a sample; torch's global one if None.
+            do_sample: None is what the autoencoder was built with.
         """
         self.latent_shape(*video.shape[2:])
         posterior = self.model.encode(video.to(self.dtype)).latent_dist
-        latents = posterior_latents(posterior, do_sample=self.do_sample, generator=generator)
+        latents = posterior_latents(
+            posterior, do_sample=self.do_sample if do_sample is None else do_sample, generator=generator
+        )
         return (latents - self._shift.to(latents)) * self._scale.to(latents)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -190,6 +209,29 @@ def _build(given: dict[str, Any]) -> AutoencoderKLWan:
     fields["scale_factor_temporal"] = 2 ** sum(downsample)
     fields["scale_factor_spatial"] = 2 ** (stages - 1) * (patch or 1)
     return AutoencoderKLWan(**fields)
+
+
+def _tiles(given: Mapping[str, Any], factor: int) -> dict[str, int]:
+    """Arguments of upstream's `enable_tiling`.
+
+    Raises:
+        UserError: a tile does not begin or end where a latent does: upstream would put it elsewhere, silently.
+    """
+    tiles = {name: value for name, value in given.items() if name.startswith("tile_sample_")}
+    for key, name in (("tile_size", "min"), ("tile_stride", "stride")):
+        value = given.get(key)
+        if value is not None:
+            sides = (value, value) if isinstance(value, int) else value
+            tiles |= {
+                f"tile_sample_{name}_{side}": n for side, n in zip(("height", "width"), sides, strict=True)
+            }
+    for name, value in tiles.items():
+        if value % factor:
+            near = max(1, round(value / factor)) * factor
+            raise UserError(
+                f"wan_video_vae: {name} {value} of tiling_param is no multiple of {factor}, the pixels of a latent; write {near}"
+            )
+    return tiles
 
 
 def _factors(config: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -1,10 +1,12 @@
 """What a configuration may say about Wan's autoencoder and what makes its image conditions. Torch-free."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mm_core.config.keys import NotYet
+from mm_core.config.conditions import GivenFrames
+from mm_core.config.keys import Only
 from mm_core.config.section import SectionModel, invalid
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -14,7 +16,7 @@ Channels = Annotated[int, Field(ge=1, le=2**16)]
 Layers = Annotated[int, Field(ge=1, le=1000)]
 UnitInterval = Annotated[float, Field(ge=0.0, le=1.0)]
 
-_TILES = 'tiles are those of diffusers, which "tile_sample_min_height" and the other three describe'
+TileSides = PositiveInt | tuple[PositiveInt, PositiveInt]
 
 
 class WanVideoVAETiling(SectionModel):
@@ -29,23 +31,47 @@ class WanVideoVAETiling(SectionModel):
         PositiveInt, Field(description="Pixels from one tile to the next one beside; the rest overlaps.")
     ] = 192
     tile_size: Annotated[
-        Any, NotYet(None, reason=_TILES), Field(description="Size of a tile in MindSpeed-MM's own tiling.")
+        TileSides | None,
+        Field(
+            description="Sides of a tile as MindSpeed-MM's own tiling has them, one number or [height, width]."
+        ),
     ] = None
     tile_stride: Annotated[
-        Any, NotYet(None, reason=_TILES), Field(description="Stride of a tile in MindSpeed-MM's own tiling.")
+        TileSides | None,
+        Field(description="Pixels from one tile to the next, one number or [down, right], beside tile_size."),
     ] = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        own = [name for name in ("tile_size", "tile_stride") if getattr(self, name) is not None]
+        others = sorted(name for name in self.model_fields_set if name.startswith("tile_sample_"))
+        if own and others:
+            raise invalid(
+                own[0], f"{own[0]} and {others[0]} both say what tiles there are; remove one of them"
+            )
+        if len(own) == 1:
+            raise invalid(own[0], "tile_size and tile_stride belong together; give both")
         for side in ("height", "width"):
-            size, stride = (getattr(self, f"tile_sample_{what}_{side}") for what in ("min", "stride"))
+            size, stride = self.sides(side)
             if stride > size:
                 raise invalid(
-                    f"tile_sample_stride_{side}",
-                    f"tile_sample_stride_{side} {stride} is larger than tile_sample_min_{side} {size}: "
+                    "tile_stride" if own else f"tile_sample_stride_{side}",
+                    f"tile_stride {stride} is larger than tile_size {size}: tiles would leave gaps"
+                    if own
+                    else f"tile_sample_stride_{side} {stride} is larger than tile_sample_min_{side} {size}: "
                     "tiles would leave gaps",
                 )
         return self
+
+    def sides(self, side: Literal["height", "width"]) -> tuple[int, int]:
+        """Size of a tile and distance to the next, along one side."""
+        sides = []
+        for whole, name in ((self.tile_size, "min"), (self.tile_stride, "stride")):
+            if whole is None:
+                sides.append(int(getattr(self, f"tile_sample_{name}_{side}")))
+            else:
+                sides.append(whole if isinstance(whole, int) else whole[side == "width"])
+        return sides[0], sides[1]
 
 
 class WanVideoVAEConfig(SectionModel):
@@ -81,7 +107,6 @@ class WanVideoVAEConfig(SectionModel):
     ] = None
     i2v_processor: Annotated[
         dict[str, Any] | None,
-        NotYet(None, reason="the condition of image-to-video training is not made yet"),
         Field(
             description="What makes the image condition; `processor_id` is its id, and its own config class checks "
             "the section."
@@ -191,6 +216,10 @@ class WanI2VProcessorConfig(SectionModel):
 
     has_weights = False
 
+    last_frame: Annotated[
+        bool,
+        Field(description="Give the last frame beside the first, which models of type `flf2v` need."),
+    ] = False
     image_encoder: Annotated[
         str | None,
         Field(
@@ -199,6 +228,21 @@ class WanI2VProcessorConfig(SectionModel):
         ),
     ] = None
     i2v_vae_encode_tiling: _Tiling = "auto"
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """Names of what it makes."""
+        return frozenset({"i2v_vae_feature"} | ({"clip_feature"} if self.image_encoder else set()))
+
+    @property
+    def given_frames(self) -> GivenFrames:
+        """Which frames of a video it gives in training."""
+        return GivenFrames("must", "must" if self.last_frame else "never")
+
+    @property
+    def switches(self) -> Mapping[str, str]:
+        """What else it can make or give -> the key that asks for it."""
+        return {"clip_feature": "image_encoder", "last": "last_frame"}
 
 
 class WanTI2VProcessorConfig(SectionModel):
@@ -210,6 +254,17 @@ class WanTI2VProcessorConfig(SectionModel):
 
     image_encoder: Annotated[
         str | None,
-        Field(min_length=1, description="Folder of the CLIP image encoder; Wan2.2's models have none."),
+        Only(None, reason="models of type ti2v embed no CLIP features"),
+        Field(description="Folder of a CLIP image encoder."),
     ] = None
     i2v_vae_encode_tiling: _Tiling = "auto"
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        """Names of what it makes."""
+        return frozenset({"first_frame_latents"})
+
+    @property
+    def given_frames(self) -> GivenFrames:
+        """Which frames of a video it gives in training."""
+        return GivenFrames("must")

@@ -38,3 +38,5 @@ WAN_VIDEO_VAE = Example(
     video=(5, 16, 24),
 )
 WAN_PIPELINE = Example({"input_size": [5, 16, 24]})
+WAN_I2V_PROCESSOR = Example({"last_frame": True})
+WAN_TI2V_PROCESSOR = Example()

@@ -8,6 +8,7 @@ from typing import Any
 
 from mm_core.sharding.context_policy import ContextPolicy
 from mm_core.sharding.policy import PipelinePolicy, ShardingPolicy
+from mm_plugin_wan22.variants import IMAGE_EMBEDDED
 
 # MindSpeed-MM's module names, as its fsdp2.yaml files and LoRA targets use them. Longer paths win over their
 # prefixes.
@@ -39,17 +40,32 @@ ALIASES = {
 }
 # MindSpeed-MM's `norm3` of a block is diffusers' `norm2`. It is not an alias: `norm3` is also a name of
 # diffusers' own block.
+#: More of them in Wan2.1's models of type i2v and flf2v.
+IMAGE_ALIASES = {
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb": "condition_embedder.image_embedder",
+    "blocks.{*}.cross_attn.k_img": "blocks.{*}.attn2.add_k_proj",
+    "blocks.{*}.cross_attn.v_img": "blocks.{*}.attn2.add_v_proj",
+    "blocks.{*}.cross_attn.k_norm_img": "blocks.{*}.attn2.norm_added_k",
+}
 
 CONTEXT = ContextPolicy(
     attention=("blocks.{*}.attn1",),
     split_inputs={
-        "": {"timestep": 1},  # one a token, or [B], which stays whole
         "blocks.0": {"hidden_states": 1},
     },
-    split_outputs={"rope": 1},  # both tables are [1, S, 1, D]
+    split_outputs={
+        "rope": 1,  # both tables are [1, S, 1, D]
+        "token_timesteps": 1,  # one a token, or [B], which stays whole
+    },
     gather_outputs={"proj_out": 1},
 )
-"""Tokens are split after the patch embedding and gathered before they become a video again; the text stays whole."""
+"""Tokens are split after the patch embedding and gathered before they become a video again; the text, and CLIP's features
+of images, stay whole.
+"""
 
 WANDIT = ShardingPolicy(
     units=("blocks.{*}",),
@@ -79,6 +95,12 @@ def wandit(section: Mapping[str, Any]) -> ShardingPolicy:
         section: `predictor` of model.json, checked; absent keys have their defaults.
     """
     policy = WANDIT
+    if section.get("model_type") in IMAGE_EMBEDDED:
+        policy = replace(
+            policy,
+            aligned=(*policy.aligned, "blocks.{*}.attn2.norm_added_k"),
+            aliases={**ALIASES, **IMAGE_ALIASES},
+        )
     if section.get("recompute_granularity"):
         block = section.get("recompute_method") == "block"
         policy = replace(

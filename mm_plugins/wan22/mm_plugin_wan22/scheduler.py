@@ -27,7 +27,7 @@ class WanFlowMatchScheduler(RectifiedFlow):
 
     - `boundary` with `expert`: the sigma at which Wan2.2 hands over from the high-noise to the low-noise
       expert (0.875 for text to video), and which of the two this is. The index range follows from the grid's
-      own shift.
+      own shift. Without `expert`, both are trained: all timesteps are drawn, and `boundary_timestep` parts them.
     - `min_timestep_boundary`, `max_timestep_boundary`: fractions of the index (0 is the highest noise), as
       MindSpeed-MM has them. The sigma that they mean holds for this shift only; `describe()` tells it.
 
@@ -35,6 +35,8 @@ class WanFlowMatchScheduler(RectifiedFlow):
         sigmas: `[num_train_timesteps]` fp32, descending.
         timesteps: `[num_train_timesteps]` fp32, descending.
         index_range: first and one past the last grid index that training draws.
+        boundary_timestep: timestep value at and above which the high-noise expert works, where both are trained; else
+            None.
 
     Raises:
         UserError: an empty or contradictory range of timesteps.
@@ -73,6 +75,7 @@ class WanFlowMatchScheduler(RectifiedFlow):
         bell = self._bell(grid * num_train_timesteps)
         self._weight_floor = float(bell.min())
         self._weight_scale = num_train_timesteps / float((bell - bell.min()).sum())
+        self.boundary_timestep: float | None = None
         self.index_range = self._index_range(
             grid, min_timestep_boundary, max_timestep_boundary, boundary, expert
         )
@@ -92,9 +95,9 @@ class WanFlowMatchScheduler(RectifiedFlow):
         self, grid: torch.Tensor, low: float, high: float, boundary: float | None, expert: str | None
     ) -> tuple[int, int]:
         count = len(grid)
-        if (boundary is None) != (expert is None):
+        if boundary is None and expert is not None:
             raise UserError(
-                "wan_flow_match_scheduler: give boundary (a sigma) and expert ('high' or 'low') together"
+                f"wan_flow_match_scheduler: expert is {expert!r}, but there is no boundary (a sigma) that says what it trains"
             )
         if boundary is not None:
             if (low, high) != (0.0, 1.0):
@@ -102,11 +105,21 @@ class WanFlowMatchScheduler(RectifiedFlow):
                     "wan_flow_match_scheduler: boundary and min/max_timestep_boundary both say which "
                     "timesteps are trained; keep one"
                 )
-            if expert not in ("high", "low"):
+            if expert not in (None, "high", "low"):
                 raise UserError(f"wan_flow_match_scheduler: expert is 'high' or 'low', not {expert!r}")
             # >= as in generation, where the high-noise expert takes t >= boundary * num_train_timesteps
             hand_over = int((grid >= boundary).sum())
-            start, stop = (0, hand_over) if expert == "high" else (hand_over, count)
+            start, stop = {"high": (0, hand_over), "low": (hand_over, count), None: (0, count)}[expert]
+            if expert is None:
+                if hand_over in (0, count):
+                    raise UserError(
+                        f"wan_flow_match_scheduler: boundary {boundary:g} leaves one of the experts no timestep of the "
+                        f"{count} between sigma {float(grid[0]):.4f} and {float(grid[-1]):.4f}"
+                    )
+                above, below = self.timesteps[hand_over - 1 : hand_over + 1].tolist()
+                value = boundary * self.num_train_timesteps
+                # In fp32 a grid point at the boundary may be rounded past it.
+                self.boundary_timestep = value if below < value <= above else above
         else:
             if not 0.0 <= low < high <= 1.0:
                 raise UserError(
@@ -126,6 +139,8 @@ class WanFlowMatchScheduler(RectifiedFlow):
         start, stop = self.index_range
         first, last = float(self.sigmas[start]), float(self.sigmas[stop - 1])
         edge = f", handing over at sigma {float(self.sigmas[stop]):.4f}" if stop < len(self.sigmas) else ""
+        if self.boundary_timestep is not None:
+            edge = f", two experts handing over at timestep {self.boundary_timestep:.1f}"
         return (
             f"flow matching trains {stop - start} of {len(self.sigmas)} timesteps, index {start} to "
             f"{stop - 1}: "
@@ -142,9 +157,18 @@ class WanFlowMatchScheduler(RectifiedFlow):
         self, latents: torch.Tensor, generators: Sequence[torch.Generator | None]
     ) -> torch.Tensor:
         """Draw grid points of the trained range, all alike."""
+        return self.timesteps_of(generators)
+
+    def timesteps_of(self, generators: Sequence[torch.Generator | None]) -> torch.Tensor:
+        """The timesteps `[B]` that `q_sample` draws from these generators, whatever the latents are."""
         start, stop = self.index_range
         index = torch.cat([torch.randint(start, stop, (1,), generator=g) for g in generators])  # [B]
         return self.timesteps[index]
+
+    def timestep_at(self, quantile: float) -> float:
+        """The grid point of the trained range that lies at a quantile of it: 0.0 is its least noise, 1.0 its most."""
+        start, stop = self.index_range
+        return float(self.timesteps[stop - 1 - round(quantile * (stop - 1 - start))])
 
     def inference_sigmas(self, steps: int, latents: torch.Tensor) -> torch.Tensor:
         """The grid of so many steps."""

@@ -21,8 +21,8 @@ Travelling = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 def boundary(
     config: Any,
     latents: torch.Tensor,
-    timestep: torch.Tensor,
-    text_len: int,
+    each_token: bool,
+    context: int,
     dtype: torch.dtype,
     share: Callable[[int], int],
 ) -> Travelling:
@@ -31,39 +31,46 @@ def boundary(
     Args:
         config: of the transformer.
         latents: `[B, C, T, H, W]`.
-        timestep: `[B]`, or `[B, S]` for one a token.
+        each_token: whether each token has a timestep, rather than each sample.
+        context: tokens of the prompt, and of images.
         share: how many of so many tokens this rank has.
 
     Returns:
-        Tokens `[B, S, D]`, prompt `[B, text_len, D]`, modulation `[B, 6, D]` and timestep `[B, D]`; the last two are
+        Tokens `[B, S, D]`, context `[B, context, D]`, modulation `[B, 6, D]` and timestep `[B, D]`; the last two are
         `[B, S, 6, D]` and `[B, S, D]` where each token has a timestep.
     """
     batch, _, *sizes = latents.shape
     tokens = share(math.prod(size // patch for size, patch in zip(sizes, config.patch_size, strict=True)))
     width = config.num_attention_heads * config.attention_head_dim
-    each = (batch,) if timestep.ndim == 1 else (batch, tokens)
-    shapes = ((batch, tokens, width), (batch, text_len, width), (*each, 6, width), (*each, width))
-    hidden, prompt, modulation, embedded = (torch.empty(s, dtype=dtype, device="meta") for s in shapes)
-    return hidden, prompt, modulation, embedded
+    each = (batch, tokens) if each_token else (batch,)
+    shapes = ((batch, tokens, width), (batch, context, width), (*each, 6, width), (*each, width))
+    hidden, attended, modulation, embedded = (torch.empty(s, dtype=dtype, device="meta") for s in shapes)
+    return hidden, attended, modulation, embedded
 
 
 def run_stage(
-    model: Any, stage: StageCall, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor
+    model: Any,
+    stage: StageCall,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    prompt: torch.Tensor,
+    clip_feature: torch.Tensor | None = None,
 ) -> torch.Tensor | Travelling:
     """What `WanTransformer3DModel.forward` computes, of one stage of it.
 
     Args:
         model: the transformer, with the modules that the stage needs.
-        latents: `[B, C, T, H, W]`; stages but the first need their sizes alone.
+        latents: `[B, C, T, H, W]`, with the channels of given frames; stages but the first need their sizes alone.
         timestep: `[B]` or `[B, S]`.
         prompt: `[B, text_len, text_dim]`.
+        clip_feature: of images, as upstream's embedding takes them.
 
     Returns:
         What travels on (see `boundary`); of the last stage the prediction `[B, C, T, H, W]`.
     """
     rotary = model.rope(latents)
     if stage.first:
-        hidden, prompt, modulation, embedded = _embed(model, latents, timestep, prompt)
+        hidden, prompt, modulation, embedded = _embed(model, latents, timestep, prompt, clip_feature)
     else:
         hidden, prompt, modulation, embedded = stage.received
     for name in stage.blocks:
@@ -73,12 +80,20 @@ def run_stage(
     return _predict(model, hidden, embedded, latents.shape[2:])
 
 
-def _embed(model: Any, latents: torch.Tensor, timestep: torch.Tensor, prompt: torch.Tensor) -> Travelling:
+def _embed(
+    model: Any,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    prompt: torch.Tensor,
+    clip_feature: torch.Tensor | None,
+) -> Travelling:
     hidden = model.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
     tokens = timestep.shape[1] if timestep.ndim == 2 else None
-    embedded, modulation, prompt, _ = model.condition_embedder(
-        timestep.flatten(), prompt, timestep_seq_len=tokens
+    embedded, modulation, prompt, images = model.condition_embedder(
+        timestep.flatten(), prompt, clip_feature, timestep_seq_len=tokens
     )
+    if images is not None:
+        prompt = torch.cat([images, prompt], dim=1)
     return hidden, prompt, modulation.unflatten(-1, (6, -1)), embedded
 
 

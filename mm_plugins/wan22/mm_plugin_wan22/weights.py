@@ -10,15 +10,19 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mm_plugin_wan22.variants import CLIP_TOKENS, IMAGE_EMBEDDED
+
 #: Our name of what diffusers' config.json says.
 OUR_NAMES = {
     "num_attention_heads": "num_heads",
     "attention_head_dim": "hidden_size / num_heads",
     "in_channels": "in_dim",
     "out_channels": "out_dim",
+    "image_dim": "img_dim",
+    "added_kv_proj_dim": "model_type",
+    "pos_embed_seq_len": "2 * clip_token_len",
 }
-_IMAGE_TYPES = frozenset({"i2v", "flf2v"})  # Wan2.1: they embed CLIP's features of the image
-_IMAGE_DIM, _IMAGE_TOKENS = 1280, 257
+_IMAGE_DIM = 1280
 
 # MindSpeed-MM's name of a module, or of a parameter -> diffusers'.
 _TOP = {
@@ -61,9 +65,9 @@ _LEAF = re.compile(r"(.+)\.(weight|bias)")
 
 def diffusers_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a predictor's section into the arguments of diffusers' WanTransformer3DModel."""
-    with_image = fields["model_type"] in _IMAGE_TYPES
+    with_image = fields["model_type"] in IMAGE_EMBEDDED
     image_dim = fields.get("img_dim", _IMAGE_DIM)
-    tokens = 2 * fields.get("clip_token_len", _IMAGE_TOKENS) if fields["model_type"] == "flf2v" else None
+    tokens = 2 * fields.get("clip_token_len", CLIP_TOKENS) if fields["model_type"] == "flf2v" else None
     return {
         "patch_size": list(fields["patch_size"]),
         "num_attention_heads": fields["num_heads"],

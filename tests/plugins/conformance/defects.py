@@ -72,6 +72,10 @@ def flow(check: str, says: str, *pairs: tuple[str, str]) -> Mutation:
     return broken("diffusion/toy_flow", check, says, *pairs)
 
 
+def first(check: str, says: str, *pairs: tuple[str, str]) -> Mutation:
+    return broken("i2v_processor/toy_first", check, says, *pairs)
+
+
 def net(check: str, says: str, *pairs: tuple[str, str], file: str = "") -> Mutation:
     return broken("transformers_model/toy_net", check, says, *pairs, file=file)
 

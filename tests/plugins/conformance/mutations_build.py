@@ -5,7 +5,7 @@ from __future__ import annotations
 from defects import Mutation
 from mutations_modules import INITIAL_WEIGHTS, MODULES, PREDICTOR, RANKS, SHARDING
 from mutations_networks import NETWORKS
-from mutations_roles import AUTOENCODER, DIFFUSION, PARTS, TEXT_ENCODER
+from mutations_roles import AUTOENCODER, DIFFUSION, PARTS, PROCESSOR, TEXT_ENCODER
 
 MUTATIONS: tuple[Mutation, ...] = (
     *MODULES,
@@ -16,6 +16,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     *AUTOENCODER,
     *TEXT_ENCODER,
     *NETWORKS,
+    *PROCESSOR,
     *DIFFUSION,
     *PARTS,
 )

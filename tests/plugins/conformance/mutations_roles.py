@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from defects import flow, part, text, vae
+from defects import first, flow, part, text, vae
 
 AUTOENCODER = (
     vae("encodes-to-its-latent-shape", "promise", ("return mean + 0.01 * noise", "return (mean + 0.01 * noise)[:, :, :1]")),
@@ -47,6 +47,23 @@ TEXT_ENCODER = (
     text("bf16-embeddings-work", "away from those in fp32",
           ("words = self.table(input_ids)",
            "words = self.table(input_ids)\n        words = 2 * words if words.dtype is torch.bfloat16 else words")),
+)  # fmt: skip
+
+PROCESSOR = (
+    first("makes-the-promised-conditions", "not a dict of tensors",
+          ('return {"first_frames": videos[:, :, : self.frames].mean(1)}', "return videos[:, :, : self.frames].mean(1)")),
+    first("makes-the-promised-conditions", "its config class promises first_frames",
+          ('{"first_frames": videos', '{"frames": videos')),
+    first("makes-the-promised-conditions", "a row for each", ("self.frames].mean(1)", "self.frames].mean((0, 1, 2))")),
+    first("makes-the-promised-conditions", "changes the video",
+          ('return {"first_frames": videos[', 'return {"first_frames": videos.mul_(2)[')),
+    first("makes-the-promised-conditions", "has a gradient",
+          ('return {"first_frames": videos[', 'return {"first_frames": torch.ones(1, requires_grad=True) * videos[')),
+    first("conditions-are-per-sample", "when it is made again",
+          ("self.frames].mean(1)", "self.frames].mean(1) + torch.rand(1)[0]")),
+    first("conditions-are-per-sample", "depends on the other of its batch",
+          ("self.frames].mean(1)", "self.frames].mean(1) - videos.mean(0)[0, : self.frames]")),
+    first("conditions-are-per-sample", "is the same for two videos", ("videos[:, :, : self.frames].mean(1)", "0 * videos[:, 0]")),
 )  # fmt: skip
 
 DIFFUSION = (
@@ -105,6 +122,8 @@ PARTS = (
     part("dataset/toy_clips", "dataset-is-keyed", "video of one sample and key",
           ("generator = keyed_generator(self.seed, \"clip\", index, key)",
            "self.seed += 1\n        generator = keyed_generator(self.seed, \"clip\", index, key)")),
+    part("dataset/toy_clips", "dataset-keeps-to-its-buckets", "but its clip has shape [3, 2, 4, 4]",
+          ("ClipShape(2, 4, 4)", "ClipShape(2, 4, 8)")),
     part("dataset/toy_clips", "dataset-loads-in-batches", "when the run starts there",
           ("generator = keyed_generator(self.seed, \"clip\", index, key)",
            "self.seed += 1\n        generator = keyed_generator(self.seed, \"clip\", index, key)")),

@@ -19,6 +19,8 @@ toy_text = mm_plugin_toy.text_encoder:ToyText
 toy_flow = mm_plugin_toy.scheduler:ToyFlow
 [mm_core.transformers_models]
 toy_net = mm_plugin_toy.network:ToyNet
+[mm_core.i2v_processors]
+toy_first = mm_plugin_toy.parts:ToyFirstFrame
 [mm_core.datasets]
 toy_clips = mm_plugin_toy.parts:ToyClips
 [mm_core.tasks]
@@ -33,6 +35,7 @@ ae/toy_vae = mm_plugin_toy.config:ToyVAEConfig
 text_encoder/toy_text = mm_plugin_toy.config:ToyTextConfig
 diffusion/toy_flow = mm_plugin_toy.config:ToyFlowConfig
 transformers_model/toy_net = mm_plugin_toy.config:ToyNetSectionConfig
+i2v_processor/toy_first = mm_plugin_toy.config:ToyFirstFrameConfig
 dataset/toy_clips = mm_plugin_toy.config:ToyClipsConfig
 pipeline/toy_pipeline = mm_plugin_toy.config:ToyPipelineConfig
 [mm_core.sharding_policies]
@@ -48,6 +51,7 @@ ae/toy_vae = mm_plugin_toy.examples:TOY_VAE
 text_encoder/toy_text = mm_plugin_toy.examples:TOY_TEXT
 diffusion/toy_flow = mm_plugin_toy.examples:TOY_FLOW
 transformers_model/toy_net = mm_plugin_toy.examples:TOY_NET
+i2v_processor/toy_first = mm_plugin_toy.examples:TOY_FIRST
 dataset/toy_clips = mm_plugin_toy.examples:TOY_CLIPS
 pipeline/toy_pipeline = mm_plugin_toy.examples:TOY_PIPELINE
 """

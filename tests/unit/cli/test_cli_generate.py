@@ -152,13 +152,19 @@ def test_flags_of_a_classic_inference_script(received: dict[str, Any], tmp_path:
     [
         (
             "--context-parallel-size 4",
-            "--context-parallel-size: 4: only 1 is accepted: videos are made by one process",
+            "--context-parallel-size 4: it does not divide the 1 rank that there is; give --nproc-per-node 4",
         ),
         (
-            "--lora-target-modules q",
-            '--lora-target-modules: ["q"]: adapters are not added to a network while videos are made',
+            "--nproc-per-node 3 --context-parallel-size 2",
+            "--context-parallel-size 2: it does not divide the 3 ranks that there are",
         ),
-        ("--nproc-per-node 8", "--nproc-per-node: 8: only 1 is accepted: videos are made by one process"),
+        (
+            "--tensor-model-parallel-size 2",
+            "--tensor-model-parallel-size: 2: only 1 is accepted: ranks share videos",
+        ),
+        ("--nproc-per-node 0", "--nproc-per-node 0: it must be at least 1"),
+        ("--lora-load a b c", "--lora-load: give one path, or two"),
+        ("--repeat x.json", "one of them"),
         ("--hidden-size many", '--hidden-size: "many", expected a whole number'),
         ("--global-batch-size", "--global-batch-size: a value is missing. Write --global-batch-size N"),
         ("--hiden-size 1", "did you mean --hidden-size?"),
@@ -169,24 +175,16 @@ def test_classic_flags_are_not_swallowed(line: str, message: str, capsys: pytest
     assert message in refused(capsys, "--mm-model", MODEL, *line.split())
 
 
-def test_one_process_makes_the_videos(
-    received: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
+def test_images_and_ranks(
+    received: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     line = ["--mm-model", MODEL, "--prompt", "x", "--load", str(tmp_path)]
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert main(["generate", *line]) == 0
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "in one process, and 2 were started" in refused(capsys, *line)
-    # The others end quietly and well: torchrun would kill rank 0 before it speaks, if one of them failed first.
-    received.clear()
-    monkeypatch.setenv("RANK", "1")
-    assert main(["generate", *line]) == 0
-    assert capsys.readouterr().err == "", "told once"
-    assert received == {}, "nothing is made"
+    assert '"image" is given, but predictor (wandit) of model_type t2v takes no first frame' in refused(
+        capsys, *line, "--image", __file__
+    )
+    assert "there is no such file" in refused(capsys, *line, "--image", "none.png")
+    assert main(["generate", *line, "--nproc-per-node", "1"]) == 0
+    assert received["nproc_per_node"] == 1
 
 
 def test_a_wrong_variable_is_told(

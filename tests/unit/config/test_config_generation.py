@@ -73,7 +73,7 @@ def test_prompts_are_texts_or_files_and_a_mistyped_path_is_no_prompt(files: Any)
 
 
 def test_what_is_wrong_is_said_at_its_place(files: Any) -> None:
-    files.inference.update(image="x.png", pipeline_class="WanPipelin", device=3)
+    files.inference.update(video="x.mp4", pipeline_class="WanPipelin", device=3)
     files.inference["pipeline_config"]["input_size"] = [81, 480]
     files.inference["diffusion"]["solver_ordr"] = 2
     files.inference["tokenizer"]["from_pretrained"] = "weights/tokeniser"
@@ -84,7 +84,7 @@ def test_what_is_wrong_is_said_at_its_place(files: Any) -> None:
         files_find("inference.json", '"WanPipelin"')
         + ": no installed distribution offers the pipeline 'WanPipelin'. "
         "Did you mean 'WanPipeline' (mmzoo-plugin-wan22 0.1.0)",
-        '"image" is "x.png": so far videos are made from a text alone; this version cannot run it. It runs without',
+        '"video" is "x.mp4": it is of pipelines of other models; here a video is made from a text',
         '"device" is 3, expected a text in quotes',
         'unknown key "solver_ordr" in diffusion (UniPCMultistepScheduler). Did you mean "solver_order"?',
         'tokenizer.from_pretrained is "weights/tokeniser": there is no such folder (seen from the '

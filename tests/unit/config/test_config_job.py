@@ -97,8 +97,8 @@ BAD: list[tuple[str, Spoil, str, str]] = [
      '"dtype" is "bf61", expected "bf16", "fp16", "fp32" or "fp64". Did you mean "bf16"?'),
     ("features", lambda f: f.model.update(load_video_features=True),
      '"load_video_features": ^true',
-     '"load_video_features" is true: videos are encoded during training, not yet read from stored features; '
-     "this version cannot run it. Available: false"),
+     "load_video_features is true, but the samples of data_path are videos and captions. Make features with "
+     '`mm extract-features`, name their index.json as data_path and write "data_storage_mode": "sorafeatured"'),
     ("patch", lambda f: f.model["patch"].update(bridge=True),
      '^"bridge":',
      'unknown key "bridge" in patch of model.json. Did you mean "bridge_patch"?'),
@@ -118,14 +118,11 @@ BAD: list[tuple[str, Spoil, str, str]] = [
      '^"dat.txt"',
      'dataset_param.basic_parameters.data_path is "dat.txt": there is no such file (seen from the '
      "working directory). Did you mean data.txt?"),
-    ("sampler", lambda f: f.data["dataloader_param"].update(sampler_type="LengthGroupedSampler"),
-     '^"LengthGroupedSampler"',
-     '"sampler_type" is "LengthGroupedSampler": samples are not grouped by size or length yet; this version cannot '
-     'run it. Available: "stateful_distributed_sampler", "SequentialSampler", "BaseRandomBatchSampler"'),
-    ("group", lambda f: f.data["dataloader_param"].update(group_frame=True),
-     '"group_frame": ^true',
-     '"group_frame" is true: samples are not grouped by size or length yet; this version cannot run it. '
-     "Available: false"),
+    ("sampler", lambda f: f.data["dataloader_param"].update(sampler_type="VariableVideoBatchSampler"),
+     '^"VariableVideoBatchSampler"',
+     '"sampler_type" is "VariableVideoBatchSampler": only "stateful_distributed_sampler" or "SequentialSampler" or '
+     '"BaseRandomBatchSampler" or "LengthGroupedSampler" is accepted: samples are always dealt by one global sampler, and '
+     "group_data groups clips of several sizes"),
     ("transform", lambda f: transforms(f)[0].update(trans_type="Resize"),
      '"video": [\n                    {\n                        "trans_type": ^"',
      '"video[0]": "trans_type" must be one of "ResizeVideo", "ToTensorVideo", '

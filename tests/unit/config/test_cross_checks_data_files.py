@@ -129,3 +129,29 @@ def test_a_data_file_by_itself_gives_notes(files: Any) -> None:
     assert str(found) == 'clips/annotations.json:1 note: the annotation has no "cap"'
     (found,) = (f for f in files.findings() if f.code == "bad-data")
     assert found.level == "error"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('path,cap\na.mp4,"x, y"\n', []),
+        ("path,caption\na.mp4,x\n", ['a.csv:1 error: the table has no column "cap"; its columns are path, caption. The first '
+         "line must name the columns, path and cap among them"]),
+        ("path,cap\na.mp4,x, y\n", ["a.csv:2 error: the row has 3 cells, but the header 2. Put texts that hold a comma into "
+         '"double quotes"']),
+        ('path,cap\na.mp4,"x\n', ["a.csv error: it is no CSV: unexpected end of data"]),
+        ("path,cap\n", ["a.csv error: it names no sample: there is no row"]),
+    ],
+)  # fmt: skip
+def test_tables_are_looked_at(text: str, said: list[str]) -> None:
+    assert annotated(text, "a.csv") == said
+    assert check("a.csv") == said
+    assert _reads() == (not said)
+
+
+def _reads() -> bool:
+    try:
+        read_data_list("data.txt")
+    except DataError:
+        return False
+    return True

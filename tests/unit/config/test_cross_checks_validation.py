@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from pydantic import BaseModel
 
 from mm_core.config import parse_train_flags
 from mm_core.config.component import ComponentConfig
 from mm_core.config.cross_checks import check_validation
-from mm_core.config.dataset import T2VDatasetConfig
+from mm_core.config.dataset import BasicParameters, T2VDatasetConfig
 from mm_registry.spec import EntrySpec
 
 NEEDED = ["--lr", "1e-5", "--train-iters", "10", "--micro-batch-size", "1"]
@@ -22,15 +24,21 @@ class Validating(Silent):
     validates: bool
 
 
+def clips(**basic: Any) -> T2VDatasetConfig:
+    return T2VDatasetConfig.model_construct(basic_parameters=BasicParameters(data_path="a.json", **basic))
+
+
 @pytest.mark.parametrize(
     ("config", "flags", "said"),
     [
         (
-            T2VDatasetConfig.model_construct(),
+            clips(),
             ["--eval-interval", "10", "--eval-iters", "2"],
             ["--eval-interval", "--eval-iters"],
         ),
-        (T2VDatasetConfig.model_construct(), [], []),
+        (clips(), [], []),
+        (clips(val_rate=0.1), ["--eval-interval", "10"], []),
+        (clips(val_data_path="b.json"), ["--eval-interval", "10"], []),
         (Silent(), ["--eval-interval", "10"], []),
         (Validating(validates=True), ["--eval-iters", "10"], []),
         (Validating(validates=False), ["--eval-iters", "10"], ["--eval-iters"]),

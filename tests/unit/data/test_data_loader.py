@@ -130,17 +130,20 @@ def test_sequential_sampling_keeps_the_order(varied: T2VDataset) -> None:
     assert files == ["0", "1", "2", "3", "4"]
 
 
-def test_clips_of_different_size_in_a_batch_are_named(write_video: WriteVideo, make_set: Any) -> None:
+def test_clips_of_different_size_are_named_before_they_meet(write_video: WriteVideo, make_set: Any) -> None:
     write_video("wide.mp4", height=32, width=64)
     write_video("square.mp4", height=48, width=48)
     items = [{"path": name, "cap": "x"} for name in ("wide.mp4", "square.mp4")]
     dataset = T2VDataset(
         seed=0, **make_set(items, force_resolution=False, max_hxw=2048, hw_stride=8, hw_aspect_thr=3.0)
     )
-    with pytest.raises(
-        DataError, match=r"video of .*\.mp4 is \[3, 4, \d+, \d+\], but of .*\.mp4 .* one micro batch"
-    ):
+    message = r"2 shapes, .*: 4×32×64 \(1\), 4×40×40 \(1\); a micro batch of 2 must have one: set group_data"
+    with pytest.raises(DataError, match=message):
         take(dataset, 1)
+    with pytest.raises(
+        DataError, match=r"video of .*wide\.mp4 is \[3, 4, 32, 64\], but of .*square\.mp4 \[3"
+    ):
+        collate([dataset[0], dataset[1]])
     sizes = {tuple(batch["video"].shape[-2:]) for batch in take(dataset, 2, micro_batch_size=1)}
     assert sizes == {(32, 64), (40, 40)}
 

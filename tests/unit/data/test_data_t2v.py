@@ -11,7 +11,7 @@ import torch
 from data_helpers import WriteVideo
 
 from mm_core.data import DataError, T2VDataset, build_dataset
-from mm_core.data import t2v as t2v_module
+from mm_core.data import clips as clips_module
 
 Fields = dict[str, Any]
 MakeSet = Callable[..., Fields]
@@ -212,13 +212,13 @@ def test_an_annotation_that_promises_too_much_is_a_bad_sample(
 
 def test_clips_are_decoded_once(t2v_fields: Fields, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: Counter[str] = Counter()
-    read = t2v_module.read_frames
+    read = clips_module.file_frames
 
     def counting(path: Path, *args: Any, **kwargs: Any) -> Any:
         opened[Path(path).name] += 1
         return read(path, *args, **kwargs)
 
-    monkeypatch.setattr(t2v_module, "read_frames", counting)
+    monkeypatch.setattr(clips_module, "file_frames", counting)
     cached = T2VDataset(seed=0, **t2v_fields)
     videos = [cached.get(key % 2, key)["video"] for key in range(6)]
     assert opened == {"bunny.mp4": 1, "tower.mp4": 1}

@@ -248,11 +248,13 @@ def test_roots_of_a_composite_take_their_own_patterns_and_the_others_are_checked
         build_plans(roots, policies, Fsdp2Config(ignored_modules=("text_encoder.layers",)), model)
 
 
-def test_an_absent_encoder_is_named_as_absent():
+def test_an_absent_encoder_may_be_ignored_and_is_else_named_as_absent():
     model = Composite(encoder=False)
-    config = Fsdp2Config(ignored_modules=("text_encoder",))
+    roots, policies = {"predictor": model.predictor}, {"predictor": ShardingPolicy()}
+    # Where features are stored no encoder is built, and the file that names it stays.
+    build_plans(roots, policies, Fsdp2Config(ignored_modules=("text_encoder",)), model)
     with pytest.raises(ShardingError, match='this model has no "text_encoder"') as caught:
-        build_plans({"predictor": model.predictor}, {"predictor": ShardingPolicy()}, config, model)
+        build_plans(roots, policies, Fsdp2Config(recompute_modules=("text_encoder",)), model)
     assert "take the pattern out" in str(caught.value)
 
 

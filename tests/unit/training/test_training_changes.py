@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mm_core.config import load_training_job, parse_train_flags
+from mm_core.config import load_training_job, parse_train_flags, read_document
 from mm_core.training.changes import changes, identity, other_versions
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -121,3 +121,14 @@ def test_what_an_older_checkpoint_does_not_tell_is_not_compared() -> None:
     del state["config"]["values"]["flags"]["ema_decay"]  # of a version that did not know it
     del state["config"]["values"]["model"]["predictor"]["num_layers"]  # somebody has written it since
     assert changes(state, job) == ["model.predictor.num_layers: absent → 4"]
+
+
+def test_the_micro_batch_counts_where_it_decides_the_order(tmp_path: Path) -> None:
+    settings = read_document(str(TINY / "data.json")).data
+    settings["dataloader_param"]["group_data"] = True
+    (tmp_path / "data.json").write_text(json.dumps(settings), encoding="utf-8")
+    before = state_of(job_of(data=tmp_path / "data.json"))
+    assert changes(before, job_of("--micro-batch-size", "2", data=tmp_path / "data.json")) == [
+        "--micro-batch-size: 1 → 2"
+    ]
+    assert changes(before, job_of()) == ["data.dataloader_param.group_data: true → false"]

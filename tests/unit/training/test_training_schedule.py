@@ -11,9 +11,9 @@ from mm_core.training.schedule import LearningRate
 GLOBAL_BATCH = 4
 
 
-def megatron(updates: int, rate: LearningRate) -> list[float]:
+def megatron(updates: int, rate: LearningRate, batch: int = GLOBAL_BATCH) -> list[float]:
     """The rates of the first updates. Megatron-LM counts in samples and advances after each update."""
-    warmup, decay = rate.warmup_steps * GLOBAL_BATCH, rate.decay_steps * GLOBAL_BATCH
+    warmup, decay = rate.warmup_steps * batch, rate.decay_steps * batch
     used, samples = [], 0
     for _ in range(updates):
         if warmup > 0 and samples <= warmup:
@@ -22,16 +22,28 @@ def megatron(updates: int, rate: LearningRate) -> list[float]:
             lr = rate.peak
         elif samples > decay:
             lr = rate.minimum
+        elif rate.style == "inverse-square-root":
+            lr = max(rate.minimum, rate.peak * max(warmup, 1) ** 0.5 / max(samples, 1) ** 0.5)
         else:
-            ratio = (samples - warmup) / (decay - warmup)
-            left = {"linear": 1 - ratio, "cosine": 0.5 * (math.cos(math.pi * ratio) + 1)}[rate.style]
+            style, ratio = rate.style, (samples - warmup) / (decay - warmup)
+            if style == "WSD":
+                annealing = rate.wsd_decay_steps * batch
+                style, ratio = rate.wsd_style, (samples - (decay - annealing)) / annealing
+            left = 1.0
+            if ratio > 0:
+                left = {
+                    "linear": 1 - ratio,
+                    "cosine": 0.5 * (math.cos(math.pi * ratio) + 1),
+                    "exponential": 2 * math.pow(0.5, ratio) - 1,
+                    "minus_sqrt": 1 - math.sqrt(ratio),
+                }[style]
             lr = rate.minimum + left * (rate.peak - rate.minimum)
         used.append(lr)
-        samples += GLOBAL_BATCH
+        samples += batch
     return used
 
 
-@pytest.mark.parametrize("style", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("style", ["constant", "linear", "cosine", "inverse-square-root"])
 @pytest.mark.parametrize("warmup", [0, 1, 7, 19])
 @pytest.mark.parametrize("decay", [20, 30])
 @pytest.mark.parametrize(("minimum", "start"), [(0.0, 0.0), (1e-4, 5e-5)])
@@ -39,7 +51,23 @@ def test_every_update_has_megatrons_rate(
     style, warmup: int, decay: int, minimum: float, start: float
 ) -> None:
     rate = LearningRate(2e-3, minimum, style, warmup, start, decay)
-    assert [rate(step) for step in range(1, 41)] == pytest.approx(megatron(40, rate), rel=1e-12, abs=1e-18)
+    # Without a warm-up its inverse square root is of samples, so that the rate depends on the global batch.
+    batch = 1 if style == "inverse-square-root" and not warmup else GLOBAL_BATCH
+    theirs = megatron(40, rate, batch)
+    assert [rate(step) for step in range(1, 41)] == pytest.approx(theirs, rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize("shape", ["exponential", "linear", "cosine", "minus_sqrt"])
+@pytest.mark.parametrize("annealing", [1, 6, 20])
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_wsd_has_megatrons_rates(shape, annealing: int, warmup: int) -> None:
+    rate = LearningRate(2e-3, 1e-4, "WSD", warmup, 0.0, 20, shape, annealing)
+    assert [rate(step) for step in range(1, 31)] == pytest.approx(megatron(30, rate), rel=1e-12, abs=1e-18)
+
+
+def test_without_a_warm_up_the_inverse_square_root_counts_steps() -> None:
+    rate = LearningRate(1.0, 0.0, "inverse-square-root", decay_steps=100)
+    assert [rate(step) for step in (1, 2, 5, 101)] == pytest.approx([1.0, 1.0, 0.5, 0.1])
 
 
 def test_the_ends() -> None:

@@ -41,6 +41,16 @@ class ToyFlowConfig(SectionModel):
     guidance_scale: float = 1.0
 
 
+class ToyFirstFrameConfig(SectionModel):
+    has_weights = False
+
+    frames: Size = 1
+
+    @property
+    def conditions(self) -> frozenset[str]:
+        return frozenset({"first_frames"})
+
+
 class ToyClipsConfig(SectionModel):
     samples: Size = 4
 

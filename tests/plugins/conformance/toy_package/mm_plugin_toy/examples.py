@@ -5,6 +5,7 @@ TOY_VAE = Example({"init": "random"}, video=(3, 4, 4))
 TOY_TEXT = Example({"init": "random"}, tokens=5)
 TOY_FLOW = Example()
 TOY_CLIPS = Example()
+TOY_FIRST = Example({"frames": 2})
 TOY_PIPELINE = Example({"input_size": [3, 4, 4]})
 TOY_NET = Example(
     {"freeze_embedding": True},

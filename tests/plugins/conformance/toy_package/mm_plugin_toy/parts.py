@@ -1,4 +1,4 @@
-"""A dataset, a task, a callback and a pipeline."""
+"""An image processor, a dataset, a task, a callback and a pipeline."""
 
 from __future__ import annotations
 
@@ -7,8 +7,19 @@ from typing import Any
 
 import torch
 
+from mm_core.data.buckets import ClipShape
 from mm_core.observe.callback import BaseCallback
 from mm_core.random import keyed_generator, keyed_normal
+
+
+class ToyFirstFrame:
+    """The first frames, in grey."""
+
+    def __init__(self, *, frames: int = 1) -> None:
+        self.frames = frames
+
+    def __call__(self, ae: Any, videos: torch.Tensor, latents: Any = None, **batch: Any) -> dict[str, Any]:
+        return {"first_frames": videos[:, :, : self.frames].mean(1)}
 
 
 class ToyClips(torch.utils.data.Dataset):
@@ -22,6 +33,9 @@ class ToyClips(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.get(index, index)
+
+    def bucket(self, index: int) -> ClipShape:
+        return ClipShape(2, 4, 4)
 
     def get(self, index: int, key: int) -> dict[str, Any]:
         generator = keyed_generator(self.seed, "clip", index, key)

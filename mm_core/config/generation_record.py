@@ -1,0 +1,92 @@
+"""The JSON beside a video: what makes the same video again. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mm_core.config.document import expanded
+from mm_registry.errors import UserError
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One video's record.
+
+    Attributes:
+        source: its inference file, with what the command line said over it.
+        overrides: what makes of the file's job that of this one video.
+        indices: its number.
+        settings: flags of `mm generate` that it was made with, by attribute.
+    """
+
+    source: Mapping[str, Any]
+    overrides: Mapping[str, Any]
+    indices: tuple[int, ...]
+    settings: Mapping[str, Any]
+
+
+def read_recorded(path: str) -> Recorded:
+    """Read a record.
+
+    Raises:
+        UserError: the file is no record of a video, or an image of it is no longer the same.
+    """
+    file = expanded(path)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"--repeat {path}: it cannot be read as JSON: {reason}.") from error
+    try:
+        source, prompt, index = record["inference_file"], record["prompt"], record["index"]
+        guidance = record["guidance_scale"]
+        settings = {
+            "seed": record["seed"],
+            "num_inference_steps": record["steps"],
+            "guidance_scale": guidance if isinstance(guidance, list) or guidance is None else [guidance],
+            "lora_load": list(record["lora"]) or None,
+            "ema": record["ema"],
+        }
+        images = {key: record[key] for key in ("image", "last_image")}
+        given = {key: _same(path, image) for key, image in images.items() if image is not None}
+        if not isinstance(source, dict):
+            raise TypeError("inference_file")
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"--repeat {path}: it is no record of a video that mm generate wrote (it lacks {error}); name the .json beside "
+            "an .mp4."
+        ) from None
+    # The keys of all videos of the job give way to those of this one.
+    source = {key: value for key, value in source.items() if key not in ("image", "last_image", "dual_image")}
+    overrides = {
+        "prompt": [prompt],
+        "num_inference_videos_per_sample": 1,
+        "negative_prompt": record.get("negative_prompt"),
+        "save_path": str(file.parent),
+        **given,
+    }
+    return Recorded(source, overrides, (int(index),), settings)
+
+
+def _same(record: str, image: Mapping[str, str]) -> str:
+    """The file of a given frame, as it was.
+
+    Raises:
+        UserError: it is gone, or has changed.
+    """
+    path = image["path"]
+    try:
+        digest = hashlib.sha256(expanded(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"--repeat {record}: its image {path} cannot be read: {(error.strerror or str(error)).lower()}."
+        ) from error
+    if digest != image["sha256"]:
+        raise UserError(
+            f"--repeat {record}: its image {path} has changed since, so the video would be another; put the old one back."
+        )
+    return path
