@@ -349,11 +349,11 @@ def has_flash_attention(device: torch.device) -> bool:
 
 
 def own_attention(device: torch.device) -> str | None:
-    """Whose attention kernels of its own a device has beside torch's: `npu`, `cudnn` (from Hopper on, where they are the
-    fastest that torch has), or None.
+    """Which attention kernels of its own a device has beside torch's: `fused` of an NPU, `cudnn` (from Hopper on, where they
+    are the fastest that torch has), or None.
     """
     if device.type == "npu":
-        return "npu"
+        return "fused"
     if device.type != "cuda" or torch.version.hip is not None or not torch.backends.cudnn.is_available():
         return None
     return "cudnn" if torch.cuda.get_device_capability(device) >= (9, 0) else None

@@ -24,7 +24,7 @@ KEY = "attention_backend"
 """The key of a section that asks for one."""
 NATIVE = "native"
 _HALF = (torch.bfloat16, torch.float16)
-_OF_DEVICE = {"cudnn": "_native_cudnn", "npu": "_native_npu"}
+_OF_DEVICE = {"cudnn": "_native_cudnn", "fused": "_native_npu"}
 _TOLERANCE = 3e-2  # relative, of half precision against fp32
 _TOKENS, _HEADS = 64, 2
 
@@ -89,7 +89,7 @@ def _own(where: Computation) -> str | None:
     if own == "cudnn" and torch.are_deterministic_algorithms_enabled():
         return None
     # Ranks that share a sequence exchange in torch's function, which an NPU's kernels are called without.
-    return None if own == "npu" and where.shares_sequences else _OF_DEVICE[own]
+    return None if own == "fused" and where.shares_sequences else _OF_DEVICE[own]
 
 
 def _head_width(attention: Any) -> int:

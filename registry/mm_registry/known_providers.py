@@ -33,6 +33,7 @@ KNOWN_PROVIDERS: tuple[KnownProvider, ...] = (
         predictor_models=("wandit",),
         diffusion_models=("wan_flow_match_scheduler",),
         ae_models=("wan_video_vae",),
+        i2v_processors=("wan_i2v_processor", "wan_ti2v_processor"),
         pipelines=("WanPipeline",),
     ),
     _provider(
