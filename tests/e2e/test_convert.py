@@ -169,7 +169,8 @@ def test_image_conditioned_checkpoints_too(tmp_path: Path, kind: str) -> None:
         with_clip["pos_embed_seq_len"] = 514
     original = network(in_channels=12, **(with_clip if kind != "wan2.2-i2v" else {}))
     source = as_pt(tmp_path / "source", mindspeed_state(original))
-    convert(source, tmp_path / "out", model_file=model_file(tmp_path, model_type=kind, in_dim=12))
+    section = model_file(tmp_path, model_type=kind, in_dim=12, text_len=512)
+    convert(source, tmp_path / "out", model_file=section)
     loaded = WanTransformer3DModel.from_pretrained(tmp_path / "out")
     assert loaded.state_dict().keys() == original.state_dict().keys()
     assert all(torch.equal(value, original.state_dict()[key]) for key, value in loaded.state_dict().items())
