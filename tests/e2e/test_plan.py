@@ -56,6 +56,7 @@ def test_tiny(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_text() -> None:
     done = run_mm("plan", *FILES, "--world-size", "2", "--device", "cpu")
     assert done.code == 0, done.err

@@ -136,6 +136,7 @@ def test_two_ranks_give_the_losses_of_one(tmp_path: Path) -> None:
     assert metrics(tmp_path / "2")[0]["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_torchrun_is_the_same_command(tmp_path: Path) -> None:
     flags = Job().flags(
         "--train-iters",

@@ -55,12 +55,16 @@ def other_api(toy: Toy) -> None:
     ("defect", "check", "subject", "status"),
     [
         (no_super, "builds-a-module", DIT, Outcome.FAILED),
-        (wrong_signature, "has-the-methods-of-its-role", DIT, Outcome.FAILED),
-        (raising_forward, "predicts-the-latents-shape", DIT, Outcome.FAILED),
+        pytest.param(
+            wrong_signature, "has-the-methods-of-its-role", DIT, Outcome.FAILED, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            raising_forward, "predicts-the-latents-shape", DIT, Outcome.FAILED, marks=pytest.mark.slow
+        ),
         (ending_forward, "predicts-the-latents-shape", DIT, Outcome.CRASHED),
-        (failing_policy, "companions-exist", DIT, Outcome.FAILED),
+        pytest.param(failing_policy, "companions-exist", DIT, Outcome.FAILED, marks=pytest.mark.slow),
         (failing_hooks, "hooks-can-be-activated", SUBJECT, Outcome.FAILED),
-        (other_api, "declares-its-api-range", SUBJECT, Outcome.FAILED),
+        pytest.param(other_api, "declares-its-api-range", SUBJECT, Outcome.FAILED, marks=pytest.mark.slow),
     ],
 )
 def test_one_defect_is_one_failure(
