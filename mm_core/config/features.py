@@ -95,21 +95,33 @@ def read_index(path: str | Path) -> FeatureIndex:
     try:
         empty = data["empty"]
         return FeatureIndex(
-            place, _half(data["video"]), _half(data["text"]), int(data["samples"]), str(data["plan"]),
+            place, _half(data["video"], "latents"), _text_half(data["text"]), int(data["samples"]), str(data["plan"]),
             None if empty is None else (str(empty[0]), int(empty[1])),
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise UserError(f"{path}: is damaged ({error!r}); make the features again") from error
 
 
-def _half(data: Any) -> Stored | None:
+def _half(data: Any, needed: str) -> Stored | None:
+    """One half of an index, of whose tensors `needed` must be one."""
     if data is None:
         return None
+    if needed not in data["tensors"]:
+        raise KeyError(needed)
     tensors = {
         str(name): (str(one["dtype"]), tuple(None if size is None else int(size) for size in one["shape"]))
         for name, one in data["tensors"].items()
     }
     return Stored(dict(data["encoders"]), dict(data["settings"]), tensors)
+
+
+def _text_half(data: Any) -> Stored | None:
+    stored = _half(data, "prompt")
+    if stored is not None:
+        length = stored.settings["length"]
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"length {length!r}")
+    return stored
 
 
 def clip_settings(dataset: ComponentConfig) -> dict[str, Any]:

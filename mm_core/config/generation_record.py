@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,19 +39,26 @@ def read_recorded(path: str) -> Recorded:
     file = expanded(path)
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"--repeat {path}: it cannot be read as JSON: {reason}.") from error
     try:
         source, prompt, index = record["inference_file"], record["prompt"], record["index"]
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise TypeError(f"a video's number, index is {index!r}")
+        if not isinstance(prompt, str):
+            raise TypeError(f"a text, prompt is {prompt!r}")
         guidance = record["guidance_scale"]
         settings = {
             "seed": record["seed"],
             "num_inference_steps": record["steps"],
             "guidance_scale": guidance if isinstance(guidance, list) or guidance is None else [guidance],
-            "lora_load": list(record["lora"]) or None,
+            "lora_load": record["lora"] or None,
             "ema": record["ema"],
         }
+        for key, value in settings.items():
+            if not _fits(key, value):
+                raise TypeError(f"a usable {key}: {json.dumps(value)[:60]}")
         images = {key: record[key] for key in ("image", "last_image")}
         given = {key: _same(path, image) for key, image in images.items() if image is not None}
         if not isinstance(source, dict):
@@ -69,7 +77,26 @@ def read_recorded(path: str) -> Recorded:
         "save_path": str(file.parent),
         **given,
     }
-    return Recorded(source, overrides, (int(index),), settings)
+    return Recorded(source, overrides, (index,), settings)
+
+
+def _fits(setting: str, value: Any) -> bool:
+    """Whether a flag could say this; what a record holds was not read by the parser of flags."""
+    number, whole = isinstance(value, int | float), isinstance(value, int)
+    number, whole = number and not isinstance(value, bool), whole and not isinstance(value, bool)
+    match setting:
+        case "seed":
+            return value is None or whole
+        case "num_inference_steps":
+            return value is None or (whole and value >= 1)
+        case "guidance_scale":
+            return value is None or all(_fits("scale", one) for one in value)
+        case "scale":
+            return number and math.isfinite(value)
+        case "lora_load":
+            return value is None or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+        case _:
+            return value is None or isinstance(value, bool)
 
 
 def _same(record: str, image: Mapping[str, str]) -> str:
@@ -81,10 +108,9 @@ def _same(record: str, image: Mapping[str, str]) -> str:
     path = image["path"]
     try:
         digest = hashlib.sha256(expanded(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(
-            f"--repeat {record}: its image {path} cannot be read: {(error.strerror or str(error)).lower()}."
-        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a name with NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"--repeat {record}: its image {path!r} cannot be read: {reason.lower()}.") from error
     if digest != image["sha256"]:
         raise UserError(
             f"--repeat {record}: its image {path} has changed since, so the video would be another; put the old one back."

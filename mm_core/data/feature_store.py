@@ -100,6 +100,11 @@ class FeatureStore:
         stored = self._read(PROMPTS, place, self.index.text)
         length = int(self.index.text.settings["length"])
         tokens = stored["prompt"]  # [tokens, D]
+        if len(tokens) > length:
+            raise DataError(
+                f"{self.index.path}: says that embeddings have {length} tokens, but the caption {caption!r} has {len(tokens)}; "
+                "make the features again"
+            )
         prompt = tokens.new_zeros(length, tokens.shape[1])
         prompt[: len(tokens)] = tokens
         return {"prompt": prompt, "prompt_mask": (torch.arange(length) < len(tokens)).long()}
@@ -143,6 +148,8 @@ class FeatureStore:
         file = self.folder / SAMPLES
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: is damaged ({error}); make the features again") from error
         except OSError as error:
             raise DataError(
                 f"{file}: cannot be read: {(error.strerror or str(error)).lower()}; make the features again"
@@ -155,7 +162,7 @@ class FeatureStore:
         for number, line in enumerate(lines, start=1):
             try:
                 rows.append(self._row(json.loads(line), f"{file}:{number}"))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 raise DataError(
                     f"{file}:{number}: is damaged ({error!r}); make the features again"
                 ) from error
@@ -179,6 +186,8 @@ class FeatureStore:
         )  # fmt: skip
         shape = data["shape"]
         clip = None if shape is None else ClipShape(*shape)
+        if clip is not None and not all(isinstance(size, int) and size > 0 for size in clip):
+            raise ValueError(f"shape {shape}")
         return _Row(Sample(annotation, data["frames"] or 0, data["fps"] or 0.0, clip), clips)
 
 

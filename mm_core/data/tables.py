@@ -75,7 +75,7 @@ def _value(name: str, cell: str, origin: str) -> Any:
     if name in _JSON or (name == "cap" and cell.lstrip().startswith("[")):
         try:
             return json.loads(cell)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if name == "cap":
                 return cell  # a caption may begin with a bracket
             raise DataError(f"{origin}: {name} is {cell[:60]!r}, but must be JSON ({error})") from error

@@ -43,6 +43,7 @@ from mm_core.training.extraction_plan import (
 from mm_core.training.tasks.encoding import clip_features, text_features
 from mm_core.weights.layout import sync_folder, write_text
 from mm_registry.errors import UserError
+from mm_registry.words import described
 
 log = logging.getLogger(__name__)
 
@@ -284,6 +285,8 @@ def _together(work: Any, rank: int, ranks: int) -> Any:
             told[0] = work()
         except UserError as error:
             told[1] = str(error)
+        except OSError as error:  # the others wait in the broadcast
+            told[1] = f"--output: {described(error)}"
     if ranks > 1:
         dist.broadcast_object_list(told, src=0)
     if told[1] is not None:

@@ -146,7 +146,9 @@ def _clips(dataset: T2VDataset, clips_per_video: int) -> tuple[list[Item], list[
             draw = keyed_seed(dataset.seed, "stored_frames", index, attempt)
             frames = tuple(dataset.frames_of(sample, draw))
             annotation = sample.annotation
-            key = _key("clip", [str(annotation.path), annotation.first_frame, annotation.crop, frames])
+            # With its size, so that a video which is replaced between two attempts is not taken for the one before.
+            size = annotation.path.stat().st_size if annotation.path.exists() else 0
+            key = _key("clip", [str(annotation.path), size, annotation.first_frame, annotation.crop, frames])
             items.setdefault(key, Item(key, len(items), index, frames))
             keys[key] = None
             if len(keys) == clips_per_video:

@@ -111,3 +111,10 @@ def test_parquet_without_pyarrow_says_what_to_install(
 def test_a_missing_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data_path: .*none\.csv cannot be read: no such file"):
         read_annotations(tmp_path / "none.csv", tmp_path)
+
+
+def test_json_that_is_nested_too_deep_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "set.csv"
+    path.write_text("path,cap,cut\na.mp4,x," + "[" * 100_000)
+    with pytest.raises(DataError, match=r"set.csv:2: cut is .*, but must be JSON"):
+        read_annotations(path, tmp_path)

@@ -18,6 +18,7 @@ from mm_core.data.errors import DataError
 from mm_core.data.feature_store import FeatureStore, sample_row, shard_name
 from mm_core.data.selection import Sample
 from mm_core.models.parking import Parked
+from mm_registry.errors import UserError
 
 LATENTS = torch.arange(24.0).view(2, 3, 2, 2)
 PROMPT = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16)
@@ -91,3 +92,37 @@ def test_parked_modules_make_one_trip_for_all_that_is_nested() -> None:
     assert parked.trips == 2
     assert module[0].weight is weight
     assert torch.equal(module(inputs), before)
+
+
+@pytest.mark.parametrize("length", [None, "x", 0, -1, 1.5, True])
+def test_an_index_without_a_length_of_embeddings_is_damaged(tmp_path: Path, length: object) -> None:
+    text = {
+        "encoders": {},
+        "settings": {"length": length},
+        "tensors": {"prompt": {"dtype": "bfloat16", "shape": [None, 2]}},
+    }
+    with pytest.raises(UserError, match=r"index.json: is damaged .*; make the features again"):
+        store(tmp_path, text=text)
+
+
+def test_damaged_features_are_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"index.json: is damaged"):
+        store(tmp_path, video={"encoders": {}, "settings": {}, "tensors": {}})
+    with pytest.raises(UserError, match=r"index.json: is damaged"):
+        store(tmp_path, samples=float("inf"))
+    text = {
+        "encoders": {},
+        "settings": {"length": 1},
+        "tensors": {"prompt": {"dtype": "bfloat16", "shape": [None, 2]}},
+    }
+    with pytest.raises(DataError, match="embeddings have 1 tokens, but the caption 'one' has 2"):
+        store(tmp_path, text=text).prompt("one")
+    rows = tmp_path / "samples.jsonl"
+    row = json.loads(rows.read_text())
+    for shape in (["x", 16, 16], [9, 0, 16]):
+        rows.write_text(json.dumps({**row, "shape": shape}) + "\n")
+        with pytest.raises(DataError, match=r"samples.jsonl:1: is damaged"):
+            FeatureStore(tmp_path / "index.json")
+    rows.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"samples.jsonl: is damaged"):
+        FeatureStore(tmp_path / "index.json")
