@@ -21,6 +21,7 @@ from mm_core.data.transforms import (
     resize,
     resize_video,
     to_tensor_video,
+    to_unit_range,
 )
 
 RULE = ResolutionRule(max_height=48, max_width=64)
@@ -128,6 +129,32 @@ def test_eight_bits_are_255ths() -> None:
     values = norm_fun(to_tensor_video(clip), [0.5] * 3, [0.5] * 3)
     expected = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).view(16, 16)
     torch.testing.assert_close(values[0, 1].double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("half", [0.5, [0.5, 0.5, 0.5]])
+def test_the_usual_pair_of_steps_in_one_is_the_same_to_the_bit(half: Any) -> None:
+    clip = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    pair = [
+        {"trans_type": "ToTensorVideo"},
+        {"trans_type": "norm_fun", "param": {"mean": half, "std": half}},
+    ]
+    expected = norm_fun(to_tensor_video(clip), [0.5] * 3, [0.5] * 3)
+    for run in (
+        build_pipeline(steps(*pair), RULE),
+        build_pipeline(None, ResolutionRule(16, 16)),
+        to_unit_range,
+    ):
+        assert torch.equal(run(clip), expected)
+    assert clip.max() == 255  # what was given is left as it was
+
+
+def test_only_the_usual_mean_and_deviation_are_taken_together() -> None:
+    clip = torch.full((1, 3, 4, 4), 255, dtype=torch.uint8)
+    param = {"mean": [0.5, 0.25, 0.5], "std": [0.5, 1.0, 1.0]}
+    run = build_pipeline(
+        steps({"trans_type": "ToTensorVideo"}, {"trans_type": "norm_fun", "param": param}), RULE
+    )
+    assert run(clip)[0, :, 0, 0].tolist() == [1.0, 0.75, 0.5]
 
 
 def test_norm_fun_is_per_channel() -> None:
