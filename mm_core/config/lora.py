@@ -11,6 +11,7 @@ from pydantic import Field
 from mm_core.config.document import closest_path, expanded
 from mm_core.config.findings import Finding, show
 from mm_core.config.keys import NoEffect
+from mm_core.config.model import SECOND
 from mm_core.config.section import SectionModel
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ _MODEL_KEYS = ("lora_apply_modules", "lora_mixed_training", "lora_save_full_weig
 _SETTINGS = ("lora_r", "lora_alpha", "lora_dropout")
 _SOURCES = ("lora_load", "load_base_model")
 #: Components that may be trained, and so get adapters.
-_TRAINED = ("predictor", "model")
+_TRAINED = ("predictor", SECOND, "model")
+#: What PEFT's folder of an adapter has in it.
+ADAPTER_CONFIG = "adapter_config.json"
 #: A name among the target modules: every linear layer but the one that makes the logits.
 ALL_LINEAR = "all-linear"
 
@@ -146,8 +149,7 @@ def weights_given(flags: TrainFlags) -> str | None:
         return flags.load
     if flags.load_base_model is not None:
         return flags.load_base_model
-    folder = flags.load is not None and any(expanded(flags.load).glob("*.safetensors"))
-    return flags.load if folder else None
+    return flags.load if flags.load is not None and _is_folder(flags.load) else None
 
 
 def with_lora(
@@ -157,7 +159,7 @@ def with_lora(
     fsdp2: Fsdp2Config | None,
     fsdp2_file: Document | None,
 ) -> tuple[dict[str, ComponentConfig], list[Finding]]:
-    """Give the component that is trained the adapters that a job asks for.
+    """Give each component that is trained the adapters that a job asks for; two experts get the same ones.
 
     Args:
         model, fsdp2_file: the files, as read.
@@ -169,7 +171,11 @@ def with_lora(
     keys = {} if model is None else {k: model.value((k,)) for k in _MODEL_KEYS if model.has((k,))}
     if not asks_for_lora(flags):
         return dict(components), list(_without(flags, model, keys))
-    findings = [*_sources(flags), *_together(flags, model, keys, fsdp2, fsdp2_file)]
+    findings = [
+        *_sources(flags),
+        *_of_both(flags, components),
+        *_together(flags, model, keys, fsdp2, fsdp2_file),
+    ]
     parts = keys.get("lora_apply_modules")
     parts = parts if isinstance(parts, list) and all(isinstance(part, str) for part in parts) else []
     config = LoraConfig(
@@ -185,7 +191,16 @@ def with_lora(
         flags.load_base_model,
         None if fsdp2 is None else fsdp2.param_dtype,
     )
-    return {n: replace(c, lora=config) if n in _TRAINED else c for n, c in components.items()}, findings
+    second = config
+    if SECOND in components and flags.load_base_model is not None and _is_folder(flags.load_base_model):
+        second = replace(config, base=None)  # a folder holds one network, the first expert's
+    configs = {name: second if name == SECOND else config for name in _TRAINED}
+    return {n: replace(c, lora=configs[n]) if n in configs else c for n, c in components.items()}, findings
+
+
+def _is_folder(path: str) -> bool:
+    """Whether it is a Hugging Face folder, rather than a run."""
+    return any(expanded(path).glob("*.safetensors"))
 
 
 def _without(flags: TrainFlags, model: Document | None, keys: Mapping[str, Any]) -> Iterator[Finding]:
@@ -218,6 +233,17 @@ def _sources(flags: TrainFlags) -> Iterator[Finding]:
     ):
         text = f"{flags.spelling('load')} names a folder of weights too, and there is one base"
         yield flags.finding("load_base_model", "conflict", text, "Leave one of them out")
+
+
+def _of_both(flags: TrainFlags, components: Mapping[str, ComponentConfig]) -> Iterator[Finding]:
+    if SECOND not in components or flags.lora_load is None:
+        return
+    if (expanded(flags.lora_load) / ADAPTER_CONFIG).is_file():
+        text = f'"{flags.lora_load}": it is the folder of one adapter, and two experts are trained'
+        mend = (
+            "Name a run that trained adapters of both, or train one expert at a time (boundary with expert)"
+        )
+        yield flags.finding("lora_load", "conflict", text, mend)
 
 
 def _together(

@@ -122,3 +122,5 @@ class ModelConfig(SectionModel):
 
 #: Sections of a model file that name a component, in the order in which they are built.
 COMPONENT_SECTIONS = ("diffusion", "predictor", "ae", "text_encoder")
+#: The section of a second expert, or the folder of its weights.
+SECOND = "low_noise_predictor"

@@ -9,14 +9,13 @@ from mm_core.config.component import ComponentConfig
 from mm_core.config.document import Document
 from mm_core.config.experts import trained_sigmas
 from mm_core.config.findings import Finding
-from mm_core.config.model import COMPONENT_SECTIONS
+from mm_core.config.model import COMPONENT_SECTIONS, SECOND
 from mm_core.config.origin import KeyPath
 
 if TYPE_CHECKING:
     from mm_core.config.flags import TrainFlags
     from mm_core.config.fsdp2 import Fsdp2Config
 
-SECOND = "low_noise_predictor"
 _PATH: KeyPath = (SECOND,)
 
 
@@ -81,13 +80,6 @@ def check_both_experts(
         yield Finding.at(document.key_origin(_PATH), "error", "experts", text, path=_PATH, suggestion=mend)
     if flags is None:
         return
-    if flags.lora_target_modules or flags.lora_target_parameters:
-        flag = "lora_target_modules" if flags.lora_target_modules else "lora_target_parameters"
-        text = f"adapters are trained of one expert at a time, and the model file has {SECOND}"
-        mend = (
-            f"Leave {SECOND} out, and train each expert's adapter in a job of its own (boundary with expert)"
-        )
-        yield flags.finding(flag, "conflict", text, mend)
     if flags.pipeline_model_parallel_size > 1:
         text = f"{flags.pipeline_model_parallel_size}: pipeline stages are cut from one network, and two experts are trained"
         mend = "Set it to 1, or train one expert at a time (boundary with expert)"

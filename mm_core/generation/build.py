@@ -13,6 +13,7 @@ from torch import nn
 
 from mm_core.accelerator import parse_dtype
 from mm_core.config.document import expanded
+from mm_core.config.lora import ADAPTER_CONFIG
 from mm_core.models.factory import build_sora_model
 from mm_core.models.kernels import Computation
 from mm_core.models.lora_inference import with_adapter
@@ -22,7 +23,6 @@ from mm_core.models.pretrained import load_predictor_folder
 from mm_core.models.sora import EXPERTS
 from mm_core.models.text_encoders import check_vocabulary
 from mm_core.weights import is_hf_folder, load_module_weights, materialize, resolve_load
-from mm_core.weights.peft_folder import ADAPTER_CONFIG
 from mm_core.weights.sources import CheckpointSource
 from mm_core.weights.state_file import read_state
 from mm_registry.errors import UserError
@@ -194,7 +194,8 @@ def _fill(
     if is_hf_folder(expanded(base)):
         load_predictor_folder(module, expanded(base), component)
     elif base != RANDOM:
-        load_module_weights(module, resolve_load(expanded(base)), prefix=EXPERTS[0])
+        prefix = name if holds_both(base) else EXPERTS[0]
+        load_module_weights(module, resolve_load(expanded(base)), prefix=prefix)
     with_adapter(module, checkpoint, stored, flag="--load")
     return str(checkpoint.resolve())
 
@@ -206,7 +207,8 @@ def _base_of(name: str, component: ComponentConfig, checkpoint: Path) -> str:
     Raises:
         UserError: it was trained on random weights, and the section does not ask for such.
     """
-    base = component.from_pretrained or find_adapter_source(checkpoint, "--load").base
+    stored = name if holds_both(str(checkpoint)) else EXPERTS[0]
+    base = component.from_pretrained or find_adapter_source(checkpoint, "--load", component=stored).base
     if base is None and component.init != "random":
         raise UserError(
             f"{name}: {checkpoint} holds an adapter of random weights; give from_pretrained in the section, or "

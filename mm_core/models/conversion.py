@@ -169,7 +169,9 @@ def _from_checkpoint(
     if "lora" in state:
         others = tuple(key for key in source.tensors if key not in used)
         kind = f"a checkpoint of step {state['step']}" + (", averaged weights" if ema else "")
-        return convert_adapter(source, names, lone, folder, kind=kind, left_out=others, **lora, **options)
+        return convert_adapter(
+            source, names, lone, folder, name=component, kind=kind, left_out=others, **lora, **options
+        )
     if lora["merge"] or lora["base"] is not None:
         flag = "--merge-lora" if lora["merge"] else "--base"
         raise WeightsError(f"{flag}: {checkpoint} was trained without LoRA, and is whole; leave it out.")

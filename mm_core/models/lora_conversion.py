@@ -14,7 +14,7 @@ from mm_core.config.component import ComponentConfig
 from mm_core.config.component_file import LoneComponent
 from mm_core.config.document import expanded
 from mm_core.models.factory import build_component
-from mm_core.models.lora_weights import find_adapter_source, weights_fingerprint
+from mm_core.models.lora_weights import adapter_bases, find_adapter_source, weights_fingerprint
 from mm_core.weights import is_hf_folder
 from mm_core.weights.adapter import find_adapter
 from mm_core.weights.convert import Conversion, described_conversion, small_files
@@ -39,6 +39,7 @@ def convert_adapter(
     lone: LoneComponent,
     folder: Path,
     *,
+    name: str,
     kind: str,
     left_out: tuple[str, ...],
     merge: bool = False,
@@ -51,6 +52,7 @@ def convert_adapter(
     Args:
         names: the module's name -> the source's.
         lone: the component, without adapters; those that the checkpoint tells of are added.
+        name: of the component, in the checkpoint.
         merge: write the whole network with what the adapter adds, computed in fp32 and rounded once.
         base: folder of the weights under it; the one that the run had, by default.
         dtype: of all floating-point tensors; None: the adapter's, and of a merged folder the base's.
@@ -58,7 +60,7 @@ def convert_adapter(
     Raises:
         WeightsError: the source does not fit, or the base is absent or another one.
     """
-    told = find_adapter_source(source.path, "--from")
+    told = find_adapter_source(source.path, "--from", component=name)
     component = replace(lone.component, lora=told.config)
     network = build_component(component, "meta", hooks=lone.hooks)
     kept = set(kept_tensors(network))
@@ -80,14 +82,14 @@ def convert_adapter(
             )
         save_peft_folder(network, folder, values={name: read(name) for name in sorted(kept)})
         return described_conversion(source.path, folder, f"the adapter of {kind}", left_out)
-    opened = _base(base or told.base, told.path, named=base is not None)
+    opened = _base(base or told.base, told.path, name, named=base is not None)
     _write_merged(
         network, component, opened, lambda name: source.read(names[name]), folder, dtype, max_file_bytes
     )
     return described_conversion(source.path, folder, f"{kind}, added to {opened.path}", left_out)
 
 
-def _base(place: str | None, checkpoint: Path, *, named: bool) -> FolderSource:
+def _base(place: str | None, checkpoint: Path, component: str, *, named: bool) -> FolderSource:
     """The folder under the adapter; another one than the run's only if its weights are the same."""
     if place is None:
         raise WeightsError(
@@ -102,7 +104,8 @@ def _base(place: str | None, checkpoint: Path, *, named: bool) -> FolderSource:
         )
     from mm_core.weights.state_file import read_state
 
-    base = read_state(checkpoint)["state"]["lora"].get("base")
+    lora = read_state(checkpoint)["state"]["lora"]
+    base = adapter_bases(lora).get(component, lora.get("base"))
     known = base.get("fingerprint") if isinstance(base, Mapping) else None
     if known is not None and weights_fingerprint(path) != known and is_hf_folder(expanded(str(base["path"]))):
         raise WeightsError(

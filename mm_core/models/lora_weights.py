@@ -14,7 +14,8 @@ from torch import nn
 
 from mm_core.config.component import ComponentConfig
 from mm_core.config.document import expanded
-from mm_core.config.lora import LoraConfig
+from mm_core.config.lora import ADAPTER_CONFIG, LoraConfig
+from mm_core.config.model import SECOND
 from mm_core.models.pretrained import load_predictor_folder
 from mm_core.weights import is_hf_folder, load_checkpoint, resolve_load
 from mm_core.weights.agreement import ranks_agree
@@ -22,7 +23,7 @@ from mm_core.weights.checkpoint import load_base_weights
 from mm_core.weights.errors import WeightsError
 from mm_core.weights.hf_folder import weight_files
 from mm_core.weights.layout import MARKER
-from mm_core.weights.peft_folder import ADAPTER_CONFIG, load_peft_folder
+from mm_core.weights.peft_folder import load_peft_folder
 from mm_core.weights.state_file import read_state
 from mm_core.weights.stored import StoredWeights
 
@@ -54,8 +55,13 @@ class AdapterSource:
         return (self.path / ADAPTER_CONFIG).is_file()
 
 
-def find_adapter_source(path: Path, flag: str = "--lora-load") -> AdapterSource:
+def find_adapter_source(
+    path: Path, flag: str = "--lora-load", *, component: str | None = None
+) -> AdapterSource:
     """Find the adapter of a folder of PEFT, or of a run (its newest checkpoint) that was trained with LoRA.
+
+    Args:
+        component: in a run that trained adapters of several, whose `base` is wanted; by default the first's.
 
     Raises:
         UserError: there is none.
@@ -72,7 +78,7 @@ def find_adapter_source(path: Path, flag: str = "--lora-load") -> AdapterSource:
         raise WeightsError(
             f"{flag} {path}: {checkpoint} tells of its adapter what cannot be read ({error})."
         ) from error
-    base = told.get("base")
+    base = adapter_bases(told).get(component or "", told.get("base"))
     return AdapterSource(checkpoint, config, base.get("path") if isinstance(base, Mapping) else None)
 
 
@@ -139,17 +145,32 @@ def base_path(section: ComponentConfig, load: str | None = None) -> str | None:
     assert section.lora is not None
     if section.lora.base is not None:
         return section.lora.base
-    if load is not None and is_hf_folder(expanded(load)):
-        return load
+    if load is not None and section.path != (SECOND,) and is_hf_folder(expanded(load)):
+        return load  # a folder holds one network: of two experts the first
     return section.from_pretrained if section.init == "pretrained" else None
 
 
-def lora_state(name: str, section: ComponentConfig, load: str | None) -> dict[str, Any]:
-    """What a checkpoint tells of its adapter: the configuration, and which weights it belongs to."""
+def lora_state(adapted: Mapping[str, ComponentConfig], load: str | None) -> dict[str, Any]:
+    """What a checkpoint tells of its adapters: the configuration, and which weights each belongs to.
+
+    Args:
+        adapted: the components with adapters, all of one configuration, the first first.
+    """
+    bases: dict[str, dict[str, str] | None] = {}
+    for name, section in adapted.items():
+        place = base_path(section, load)
+        known = None if place is None else weights_fingerprint(expanded(place))
+        bases[name] = None if place is None or known is None else {"path": place, "fingerprint": known}
+    first, section = next(iter(adapted.items()))
     assert section.lora is not None
-    place = base_path(section, load)
-    base = None if place is None else {"path": place, "fingerprint": weights_fingerprint(expanded(place))}
-    return {**section.lora.as_json(), "component": name, "base": base}
+    told = {**section.lora.as_json(), "component": first, "base": bases[first]}
+    return told if len(bases) == 1 else {**told, "bases": bases}
+
+
+def adapter_bases(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Component -> what `lora_state` tells of the weights under its adapter."""
+    bases = told.get("bases")
+    return dict(bases) if isinstance(bases, Mapping) else {str(told.get("component", "")): told.get("base")}
 
 
 def weights_fingerprint(path: Path) -> str:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 import mm_core
 from mm_core.config import TrainingJob
-from mm_core.config.second_expert import SECOND
+from mm_core.config.model import SECOND
 from mm_core.models.factory import TRAINED, build_model
 from mm_core.models.transformers_model import NETWORK
 from mm_core.planning.frozen import frozen_components

@@ -22,7 +22,7 @@ from mm_core.config.keys import NoEffect
 from mm_core.config.model import ModelConfig
 from mm_core.config.origin import DEFAULT, KeyPath, dotted
 from mm_core.config.resolved import leaves
-from mm_core.models.lora_weights import lora_state
+from mm_core.models.lora_weights import adapter_bases, lora_state
 from mm_core.training.schedule import LearningRate
 from mm_registry import PluginManager, default_manager
 
@@ -93,10 +93,9 @@ def identity(job: TrainingJob, manager: PluginManager | None = None) -> dict[str
         }
         for component in job.components.values()
     }
-    # One component is trained.
-    adapted = [(name, c) for name, c in job.components.items() if c.lora is not None][:1]
-    lora = [("lora", lora_state(name, component, job.flags.load)) for name, component in adapted]
-    return dict(lora) | {
+    adapted = {name: component for name, component in job.components.items() if component.lora is not None}
+    lora = {"lora": lora_state(adapted, job.flags.load)} if adapted else {}
+    return lora | {
         "fingerprint": {"digest": manager.fingerprint(), "components": components},
         "schedule": asdict(learning_rate(job.flags)),
         "plugins": dict(job.plugins),
@@ -159,9 +158,12 @@ def _base(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
     """The weights under adapters, which no checkpoint holds."""
     if "lora" not in now or not isinstance(before.get("lora"), Mapping):
         return
-    old, new = before["lora"].get("base") or {}, now["lora"]["base"] or {}
-    if old.get("fingerprint") != new.get("fingerprint"):
-        yield f"weights under the adapters: {old.get('path', 'random')} → {new.get('path', 'random')}"
+    bases = adapter_bases(before["lora"])
+    for name, base in adapter_bases(now["lora"]).items():
+        old, new = bases.get(name) or {}, base or {}
+        if old.get("fingerprint") != new.get("fingerprint"):
+            of = f" of {name}" if len(bases) > 1 else ""
+            yield f"weights under the adapters{of}: {old.get('path', 'random')} → {new.get('path', 'random')}"
 
 
 def _component(entry: Mapping[str, Any]) -> str:

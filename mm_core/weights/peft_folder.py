@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from mm_core.config.lora import ADAPTER_CONFIG
 from mm_core.sharding.plan import bare_name
 from mm_core.weights.agreement import rank, ranks_agree
 from mm_core.weights.errors import WeightsError
@@ -26,7 +27,6 @@ from mm_registry.words import described
 
 #: PEFT's own name of what wraps the network. diffusers: `load_lora_adapter(folder, prefix="base_model.model")`.
 PREFIX = "base_model.model."
-ADAPTER_CONFIG = "adapter_config.json"
 _FILE = "adapter_model.safetensors"
 # The same adapter under the names by which diffusers' pipelines know their networks: `pipeline.load_lora_weights(folder)`.
 _DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"

@@ -104,20 +104,21 @@ def trained(files: dict[str, str], *more: str, save: str | None = None, **sizes:
     }
 
 
-def plainly(files: dict[str, str], steps: int, batch: int, decay: float | None = None) -> dict[str, Any]:
+def plainly(
+    files: dict[str, str], steps: int, batch: int, decay: float | None = None, more: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Two single runs on one stream of samples: each expert by a loop of its own over the samples whose timestep it owns, one
     at a time, with torch's AdamW and clipping; a step without a sample of its own does not happen to it.
     """
-    job = job_of(files, steps=steps, batch=batch)
+    job = job_of(files, *more, steps=steps, batch=batch)
     dataset = build_dataset(job.components["dataset"], SEED)
     trainer = Trainer(job, Accelerator.current(), None, dataset)  # for its initial weights and encoders
     boundary = 1000 * job.components["diffusion"].fields["boundary"]
     weights, averages, log = {}, {}, [dict[str, float]() for _ in range(steps)]
     for name, high in (("predictor", True), ("low_noise_predictor", False)):
         network: Any = trainer.trained[name]
-        optimizer = torch.optim.AdamW(
-            network.parameters(), lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1
-        )
+        learned = [p for p in network.parameters() if p.requires_grad]  # with LoRA the adapters
+        optimizer = torch.optim.AdamW(learned, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
         for group in optimizer.param_groups:
             flags = job.flags
             group |= {"betas": (flags.adam_beta1, flags.adam_beta2), "eps": flags.adam_eps}
@@ -134,7 +135,7 @@ def plainly(files: dict[str, str], steps: int, batch: int, decay: float | None =
                 continue
             loss = torch.stack(losses).mean()
             loss.backward()
-            norm = nn.utils.clip_grad_norm_(network.parameters(), CLIP)
+            norm = nn.utils.clip_grad_norm_(learned, CLIP)
             optimizer.step()
             optimizer.zero_grad()
             short = "high" if high else "low"

@@ -65,7 +65,6 @@ SPOILT: dict[str, tuple[Callable[[Any], Any], tuple[str, ...], str]] = {
         lambda f: [both(f), f.model.pop("low_noise_predictor")], (),
         "boundary 0.875 without expert parts the noise levels between two experts, but there is one",
     ),
-    "LoRA": (lambda f: both(f), ("--lora-target-modules", "q"), "adapters are trained of one expert at a time"),
     "stages": (
         lambda f: both(f), ("--pipeline-model-parallel-size", "2", "--nproc-per-node", "2"),
         "2: pipeline stages are cut from one network, and two experts are trained",
