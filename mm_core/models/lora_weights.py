@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,13 @@ class AdapterSource:
         path: a folder of PEFT, or one complete checkpoint.
         config: what it says of itself; the names of its targets are those of a checkpoint, of a folder PEFT's.
         base: folder or run of the weights that a checkpoint's adapter was trained on, if it tells.
+        components: of a checkpoint: what has adapters in it.
     """
 
     path: Path
     config: LoraConfig
     base: str | None = None
+    components: tuple[str, ...] = ()
 
     @property
     def is_folder(self) -> bool:
@@ -78,8 +80,10 @@ def find_adapter_source(
         raise WeightsError(
             f"{flag} {path}: {checkpoint} tells of its adapter what cannot be read ({error})."
         ) from error
-    base = adapter_bases(told).get(component or "", told.get("base"))
-    return AdapterSource(checkpoint, config, base.get("path") if isinstance(base, Mapping) else None)
+    bases = adapter_bases(told)
+    base = bases.get(component or "", told.get("base"))
+    place = base.get("path") if isinstance(base, Mapping) else None
+    return AdapterSource(checkpoint, config, place, tuple(bases))
 
 
 def load_adapter(network: nn.Module, source: AdapterSource, name: str, config: LoraConfig) -> None:
@@ -104,6 +108,28 @@ def load_adapter(network: nn.Module, source: AdapterSource, name: str, config: L
     else:
         load_checkpoint(source.path, {name: network}, None, with_rng=False)
     log.info("%s: adapter of %s", name, source.path)
+
+
+def check_adapted(source: AdapterSource, adapted: Collection[str]) -> None:
+    """A run of two experts begins with a run of two, and one of one with one: names alone do not tell which expert a run had.
+
+    Args:
+        adapted: components that get adapters.
+
+    Raises:
+        WeightsError: it is the other way.
+    """
+    if source.is_folder or len(source.components) == len(adapted):
+        return
+    raise WeightsError(
+        f"--lora-load {source.path}: it has adapters of {' and '.join(source.components)}, and the job trains "
+        f"{' and '.join(adapted)}; "
+        + (
+            "name the folder of one of them, which `mm convert --component` writes."
+            if len(source.components) > len(adapted)
+            else "name a run that trained both experts."
+        )
+    )
 
 
 def load_base(

@@ -10,7 +10,7 @@ from torch import nn
 from mm_core.config import TrainingJob
 from mm_core.config.document import expanded
 from mm_core.models.lora import initialise_adapters
-from mm_core.models.lora_weights import base_path, find_adapter_source, load_adapter, load_base
+from mm_core.models.lora_weights import base_path, check_adapted, find_adapter_source, load_adapter, load_base
 from mm_core.models.pretrained import load_predictor_folder
 from mm_core.models.sora import EXPERTS
 from mm_core.sharding.pipeline import tensors_elsewhere
@@ -71,5 +71,7 @@ def _with_adapters(
     initialise_adapters(module, job.flags.seed)
     stored = load_base(module, name, section, load)
     if section.lora.load is not None and (load is None or is_hf_folder(expanded(load))):
-        load_adapter(module, find_adapter_source(expanded(section.lora.load)), name, section.lora)
+        source = find_adapter_source(expanded(section.lora.load))
+        check_adapted(source, [n for n, component in job.components.items() if component.lora is not None])
+        load_adapter(module, source, name, section.lora)
     return stored

@@ -126,6 +126,23 @@ def test_other_weights_under_the_second_adapter_are_told(tmp_path: Path, files: 
         run_ranks(trained, 1, swapped, *LORA, "--load", str(tmp_path / "run"), steps=2, batch=BATCH)
 
 
+def test_a_run_of_both_begins_with_adapters_of_both(tmp_path: Path, files: dict[str, str]) -> None:
+    before = run_ranks(trained, 1, files, *LORA, save=str(tmp_path / "run"), steps=1, batch=BATCH)[0]
+    load = ("--lora-load", str(tmp_path / "run"), "--lr", "1e-12", "--weight-decay", "0")
+    after = run_ranks(trained, 1, files, *LORA, *load, steps=1, batch=BATCH)[0]
+    for name, value in before["weights"].items():
+        np.testing.assert_allclose(after["weights"][name], value, rtol=0, atol=1e-9, err_msg=name)
+    data = json.loads(Path(files["model"]).read_text())
+    data.pop("low_noise_predictor")
+    data["diffusion"]["expert"] = "low"
+    (tmp_path / "model.json").write_text(json.dumps(data))
+    lone = {**files, "model": str(tmp_path / "model.json")}
+    with pytest.raises(
+        AssertionError, match="it has adapters of predictor and low_noise_predictor, and the job trains"
+    ):
+        run_ranks(trained, 1, lone, *LORA, *load, steps=1, batch=BATCH)
+
+
 def test_a_folder_of_one_adapter_is_refused_for_two_experts(tmp_path: Path, files: dict[str, str]) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="it is the folder of one adapter, and two experts are trained"):
