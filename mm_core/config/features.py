@@ -28,6 +28,7 @@ CONDITION = "conditions."
 """Before the names of stored conditions, in shards and in batches: what a predictor is given beside latents and text."""
 
 _LARGEST = 16 * 1024 * 1024  # bytes of an index
+_MOST_TOKENS = 2**20  # of a caption; a larger length is a mistake, and would be room for zeros in each sample
 _BLOCK = 64 * 1024
 _BLOCKS = 16
 _NOT_OF_A_CLIP = frozenset({"cfg", "seed"})  # of preprocess_parameters
@@ -87,9 +88,10 @@ def read_index(path: str | Path) -> FeatureIndex:
         raise UserError(
             f"{path}: is no index of stored features; `mm extract-features` writes one, {INDEX}, as its last file"
         )
-    if data.get("version") != VERSION:
+    version = data.get("version")
+    if version != VERSION or isinstance(version, bool):  # True equals 1
         raise UserError(
-            f"{path}: has version {data.get('version')} of the format, and this installation reads {VERSION}; "
+            f"{path}: has version {version} of the format, and this installation reads {VERSION}; "
             "make the features again"
         )
     try:
@@ -119,7 +121,7 @@ def _text_half(data: Any) -> Stored | None:
     stored = _half(data, "prompt")
     if stored is not None:
         length = stored.settings["length"]
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        if not isinstance(length, int) or isinstance(length, bool) or not 1 <= length <= _MOST_TOKENS:
             raise ValueError(f"length {length!r}")
     return stored
 

@@ -288,6 +288,7 @@ def _cross_checks(draft: GenerationDraft, *, to_run: bool) -> list[Finding]:
     )
     findings += cross.check_channels(draft.components, document)
     findings += cross.check_video_size(draft.components, document)
+    findings += cross.check_sampler(draft.components, document)
     tokens = draft.model.tokenizer.model_max_length if draft.model else None
     place = ("tokenizer", "model_max_length")
     findings += cross.check_text(draft.components, document, tokens, document, place)

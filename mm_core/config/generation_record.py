@@ -12,6 +12,8 @@ from typing import Any
 from mm_core.config.document import expanded
 from mm_registry.errors import UserError
 
+_EXPERTS = ("predictor", "low_noise_predictor")
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -45,9 +47,9 @@ def read_recorded(path: str) -> Recorded:
     try:
         source, prompt, index = record["inference_file"], record["prompt"], record["index"]
         if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-            raise TypeError(f"a video's number, index is {index!r}")
+            raise _OddValueError("index", index)
         if not isinstance(prompt, str):
-            raise TypeError(f"a text, prompt is {prompt!r}")
+            raise _OddValueError("prompt", prompt)
         guidance = record["guidance_scale"]
         settings = {
             "seed": record["seed"],
@@ -58,15 +60,21 @@ def read_recorded(path: str) -> Recorded:
         }
         for key, value in settings.items():
             if not _fits(key, value):
-                raise TypeError(f"a usable {key}: {json.dumps(value)[:60]}")
+                raise _OddValueError(key, value)
         images = {key: record[key] for key in ("image", "last_image")}
+        for key, image in images.items():
+            told = isinstance(image, dict) and [image.get("path"), image.get("sha256")]
+            if image is not None and not (told and all(isinstance(one, str) for one in told)):
+                raise _OddValueError(key, image)
         given = {key: _same(path, image) for key, image in images.items() if image is not None}
         if not isinstance(source, dict):
-            raise TypeError("inference_file")
-    except (KeyError, TypeError) as error:
+            raise _OddValueError("inference_file", source)
+    except (KeyError, TypeError, _OddValueError) as error:
+        why = {KeyError: f"it lacks {error}", _OddValueError: str(error)}.get(
+            type(error), "it is no JSON object"
+        )
         raise UserError(
-            f"--repeat {path}: it is no record of a video that mm generate wrote (it lacks {error}); name the .json beside "
-            "an .mp4."
+            f"--repeat {path}: it is no record of a video that mm generate wrote ({why}); name the .json beside an .mp4."
         ) from None
     # The keys of all videos of the job give way to those of this one.
     source = {key: value for key, value in source.items() if key not in ("image", "last_image", "dual_image")}
@@ -75,9 +83,27 @@ def read_recorded(path: str) -> Recorded:
         "num_inference_videos_per_sample": 1,
         "negative_prompt": record.get("negative_prompt"),
         "save_path": str(file.parent),
+        "load": _weights(record, source.get("load")),
         **given,
     }
     return Recorded(source, overrides, (index,), settings)
+
+
+class _OddValueError(Exception):
+    """A value of a record that `mm generate` would not have written."""
+
+    def __init__(self, key: str, value: Any) -> None:
+        super().__init__(f"its {key} is {json.dumps(value)[:60]}")
+
+
+def _weights(record: Mapping[str, Any], load: Any) -> str | list[str] | None:
+    """What `--load` named, as the places that were read: of a run, its checkpoint, for the run may have gone on since."""
+    told = record.get("weights")
+    read = [told.get(name) for name in _EXPERTS] if isinstance(told, Mapping) else []
+    first, second = ([place for place in read if isinstance(place, str)] + [None, None])[:2]
+    if isinstance(load, str):
+        return first
+    return [first, second] if isinstance(load, list) and first is not None and second is not None else None
 
 
 def _fits(setting: str, value: Any) -> bool:

@@ -9,6 +9,7 @@ from mm_core.config.keys import NoEffect, Only
 from mm_core.config.patch import PatchConfig
 from mm_core.config.plugins import Name, PluginsConfig
 from mm_core.config.section import SectionModel, invalid
+from mm_core.config.sigmas import Boundary
 from mm_core.config.text import TextMethods, method_names
 from mm_core.config.tokenizer import TokenizerConfig
 
@@ -69,8 +70,7 @@ class InferenceConfig(SectionModel):
         dict[str, Any], Field(description="Settings of the pipeline, checked by its own config class.")
     ] = Field(default_factory=dict)
     boundary_ratio: Annotated[
-        float | None,
-        Field(gt=0.0, lt=1.0, description="Sigma at and above which the high-noise expert denoises."),
+        Boundary | None, Field(description="Sigma at and above which the high-noise expert denoises.")
     ] = None
     load: Annotated[
         _Text | Annotated[list[_Text], Field(min_length=2, max_length=2)] | None,

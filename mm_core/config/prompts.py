@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from mm_core.config.cross_checks import missing_path
 from mm_core.config.document import Document
 from mm_core.config.findings import Finding
+
+_ENDING = re.compile(r"\w\.[A-Za-z]\w{0,4}$", re.ASCII)
+"""Of a file, which a sentence of several words has not."""
 
 
 def read_prompts(value: str | list[str], document: Document) -> tuple[tuple[str, ...], list[Finding]]:
@@ -37,13 +41,13 @@ def read_prompts(value: str | list[str], document: Document) -> tuple[tuple[str,
 
 
 def looks_like_path(text: str) -> bool:
-    """Whether a text is meant as a path: it names a file, ends in .txt, or has slashes and no spaces."""
+    """Whether a text is meant as a path: it names a file, ends in .txt, or has no spaces, but slashes or an ending."""
     if "\n" in text or len(text) > 4096:
         return False
     if text.lower().endswith(".txt"):
         return True
     bare = text.strip()
-    if "/" in bare and " " not in bare:
+    if " " not in bare and ("/" in bare or _ENDING.search(bare)):
         return True
     try:
         return Path(bare).is_file()

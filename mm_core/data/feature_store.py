@@ -118,7 +118,8 @@ class FeatureStore:
         except (OSError, SafetensorError) as error:
             text = " ".join(str(error).split())
             raise DataError(
-                f"{self.folder / name}: {key} cannot be read ({text}); make the features again"
+                f"{self.folder / name}: {key} cannot be read ({text}); `mm extract-features`, as before, makes the file again"
+                " if it is lost or cut off, and else once you have removed it"
             ) from error
         for one, tensor in tensors.items():
             dtype, shape = stored.tensors[one]
@@ -169,7 +170,8 @@ class FeatureStore:
         return rows
 
     def _row(self, data: Mapping[str, Any], origin: str) -> _Row:
-        captions = tuple(map(str, data["captions"]))
+        _check_row(data)
+        captions = tuple(data["captions"])
         if self.has_text:
             self._prompts.update(
                 (caption, (str(key), int(shard)))
@@ -186,9 +188,33 @@ class FeatureStore:
         )  # fmt: skip
         shape = data["shape"]
         clip = None if shape is None else ClipShape(*shape)
-        if clip is not None and not all(isinstance(size, int) and size > 0 for size in clip):
+        if clip is not None and not all(type(size) is int and size > 0 for size in clip):
             raise ValueError(f"shape {shape}")
         return _Row(Sample(annotation, data["frames"] or 0, data["fps"] or 0.0, clip), clips)
+
+
+def _check_row(data: Mapping[str, Any]) -> None:
+    """The plain values of a line; a later use of a wrong one would not say where it comes from.
+
+    Raises:
+        ValueError, KeyError, TypeError: one is of another kind.
+    """
+    if not isinstance(data["path"], str):
+        raise ValueError(f"path {data['path']!r}")
+    if not isinstance(data["captions"], list) or not all(isinstance(one, str) for one in data["captions"]):
+        raise ValueError(f"captions {data['captions']!r}")
+    crop = [] if data["crop"] is None else data["crop"]
+    if not isinstance(crop, list) or len(crop) not in (0, 4):
+        raise ValueError(f"crop {crop!r}")
+    counts = [data[name] for name in ("frames", "height", "width") if data[name] is not None]
+    for value in (*counts, data["first_frame"], *crop):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{value!r} is no count of frames or pixels")
+    fps = data["fps"]
+    if fps is not None and (
+        not isinstance(fps, int | float) or isinstance(fps, bool) or not 0 < fps < float("inf")
+    ):
+        raise ValueError(f"fps {fps!r}")
 
 
 def sample_row(sample: Sample, clips: list[Place], prompts: list[Place]) -> dict[str, Any]:

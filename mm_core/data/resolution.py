@@ -57,6 +57,8 @@ class ResolutionRule:
             new_height, new_width = self.size(height, width)
             if new_height * new_width < max(self.min_area, 1):
                 made = f"{new_height}×{new_width} (from {height}×{width})"
+                if not new_height * new_width:
+                    return f"{made}: a side is shorter than hw_stride ({self.hw_stride})"
                 return f"{made} has fewer than {self.min_area} pixels (min_hxw)"
             ratio, wanted = new_height / new_width, 1.0
         if wanted / threshold <= ratio <= wanted * threshold:

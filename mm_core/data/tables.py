@@ -97,13 +97,20 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with parquet.ParquetFile(path, memory_map=True) as file:
             _check_header(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
-                for row in batch.to_pylist():
+                # No key of an annotation is a time, and not every time is one of Python's.
+                told = [
+                    n for n, field in enumerate(batch.schema) if not pyarrow.types.is_temporal(field.type)
+                ]
+                for row in batch.select(told).to_pylist():
                     number += 1
                     origin = f"{path}: row {number}"
                     # Where a number is missing, pandas writes NaN.
                     said = {k: _whole(v) for k, v in row.items() if v is not None and v == v}
                     yield origin, _item(said, origin)
-    except pyarrow.ArrowInvalid as error:
+    except UnicodeDecodeError:
+        raise
+    # Beside pyarrow's own errors those of values that Python does not have.
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise DataError(f"{path}: it is no Parquet file that pyarrow can read: {error}") from error
 
 

@@ -95,7 +95,7 @@ def build_pipeline(
         if (adapter := _of_expert(sources.lora, index)) is not None:
             path = expanded(adapter)
             with_adapter(module, path, name if holds_both(adapter) else EXPERTS[0])
-            filled[f"{name} lora"] = str(path.resolve())
+            filled[f"{name} lora"] = str(find_adapter_source(path).path.resolve())
     model.eval()
     cls: Any = default_manager().load(pipeline.spec)
     return cls(model, tokenizer, device=device, **pipeline.fields), filled

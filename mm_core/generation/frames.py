@@ -21,12 +21,15 @@ Size = tuple[int, int]
 _STRETCH = 1.05  # what is stretched by more is told
 
 
-def read_frames(paths: Sequence[str], size: Size, *, crop: bool = False) -> torch.Tensor:
+def read_frames(
+    paths: Sequence[str], size: Size, *, crop: bool = False, fitted: bool = False
+) -> torch.Tensor:
     """Read images and scale them to one size by Lanczos' filter, as diffusers' pipelines do.
 
     Args:
         size: (height, width) in pixels.
         crop: cut the largest part of the right aspect ratio from the middle first; else they are stretched.
+        fitted: the size is that of `fitting_size`.
 
     Returns:
         `[N, 3, H, W]` fp32 in [-1, 1].
@@ -34,7 +37,7 @@ def read_frames(paths: Sequence[str], size: Size, *, crop: bool = False) -> torc
     Raises:
         UserError: a file is no image.
     """
-    return torch.stack([_frame(path, size, crop) for path in paths])
+    return torch.stack([_frame(path, size, crop, fitted) for path in paths])
 
 
 def fitting_size(path: str, area: int, steps: Size) -> Size:
@@ -60,7 +63,7 @@ def fitting_size(path: str, area: int, steps: Size) -> Size:
     return size[0], size[1]
 
 
-def _frame(path: str, size: Size, crop: bool) -> torch.Tensor:
+def _frame(path: str, size: Size, crop: bool, fitted: bool) -> torch.Tensor:
     try:
         image = read_image(expanded(path))
     except UnreadableSampleError as error:
@@ -70,9 +73,12 @@ def _frame(path: str, size: Size, crop: bool) -> torch.Tensor:
     if crop:
         image = _cropped(image, height / width)
     elif not 1 / _STRETCH < ratio < _STRETCH:
+        mend = "crop_for_hw cuts it instead, max_hxw fits the video to it"
+        if fitted:
+            mend = "the first frame decides the size, in the steps that the model needs, and a larger max_hxw comes nearer"
         logger.warning(
-            "%s of %d x %d pixels is stretched to %d x %d; crop_for_hw cuts it instead, max_hxw fits the video to it",
-            path, image.height, image.width, height, width,
+            "%s of %d x %d pixels is stretched to %d x %d; %s",
+            path, image.height, image.width, height, width, mend,
         )  # fmt: skip
     image = image.resize((width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255.0)  # [H, W, 3]

@@ -109,7 +109,8 @@ def generate(
             "guidance_scale": guidance_scale,
             "fps": job.model.save_fps,
             "weights": sources,
-            "lora": [str(path) for path in lora],
+            # The places that were read: a run may go on. One run serves both experts.
+            "lora": [place for name, place in sources.items() if name.endswith(" lora")][: len(lora)],
             "ema": ema,
             "device": str(device),
             "versions": versions_of(job),

@@ -92,7 +92,8 @@ def given_frames(job: GenerationJob, batch: Sequence[VideoRequest]) -> dict[str,
     for name in ("first", "last"):
         paths = [path for request in batch if (path := getattr(request, name)) is not None]
         if paths:
-            frames[f"{name}_frames"] = read_frames(paths, batch[0].size, crop=bool(job.model.crop_for_hw))
+            crop, fitted = bool(job.model.crop_for_hw), job.model.max_hxw is not None
+            frames[f"{name}_frames"] = read_frames(paths, batch[0].size, crop=crop, fitted=fitted)
     return frames
 
 

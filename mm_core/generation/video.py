@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 
 Frames = npt.NDArray[np.uint8]
 
-_CRF = "10"  # x264's constant quality: 0 is lossless, 18 looks so
+_ENCODER = {
+    "crf": "10",  # x264's constant quality: 0 is lossless, 18 looks so
+    "preset": "medium",
+    # Its AVX-512 code reads memory that it has not written: the same frames would give other bytes each time.
+    **({"x264-params": "asm=SSE4.2"} if platform.machine().lower() in ("x86_64", "amd64") else {}),
+}
 
 
 def to_frames(video: torch.Tensor) -> Frames:
@@ -59,7 +65,7 @@ def write_video(path: str | Path, frames: Frames, fps: int | float | Fraction) -
             stream: Any = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": _CRF, "preset": "medium"}
+            stream.options = dict(_ENCODER)
             for image in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             container.mux(stream.encode())

@@ -34,6 +34,14 @@ class SamplerBaseConfig(SectionModel):
         ),
     ] = 0.0
 
+    @property
+    def is_flow(self) -> bool:
+        """Whether it integrates the velocity of flow matching, as `DiffusersScheduler.is_flow`."""
+        told = getattr(self, "prediction_type", None), getattr(self, "use_flow_sigmas", None)
+        if told == (None, None):  # one of those that know nothing else
+            return type(self).__name__.startswith("FlowMatch")
+        return told == ("flow_prediction", True)
+
     @model_validator(mode="after")
     def _check_one_spacing(self) -> Self:
         chosen = [

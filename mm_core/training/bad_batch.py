@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import nn
 from mm_core.training.run_folder import write_json
 from mm_core.training.step import NonFiniteLossError, StepReport
 from mm_core.weights.agreement import everywhere
+from mm_core.weights.layout import let_others_read
 from mm_core.weights.tensors import local_part
 
 if TYPE_CHECKING:
@@ -56,7 +58,8 @@ def bad_batch_kept(
         report = error.report
         if run is None or report is None:
             raise
-        folder = run / FOLDER / f"step-{report.step:07d}"
+        # All have looked before one of them writes.
+        folder = run / FOLDER / everywhere(_free_name(run / FOLDER, f"step-{report.step:07d}"))[0]
         kept = True
         try:
             keep_batch(folder, rank, report, read_again(report), modules)
@@ -123,11 +126,22 @@ def keep_batch(
         "gradients_not_finite": _not_finite(modules, lambda parameter: parameter.grad),
     }
     if chosen:
+        file = folder / f"rank-{rank:05d}.safetensors"
         # Tensors that share storage are written each for itself.
-        save_file(
-            {name: tensor.clone() for name, tensor in chosen.items()}, folder / f"rank-{rank:05d}.safetensors"
-        )
+        temporary = file.with_name(f".tmp-{file.name}")
+        save_file({name: tensor.clone() for name, tensor in chosen.items()}, temporary)
+        let_others_read(temporary)
+        temporary.replace(file)
     write_json(folder / f"rank-{rank:05d}.json", record)
+
+
+def _free_name(folder: Path, name: str) -> str:
+    """`name`, or `name-1`, … where an earlier attempt at the step left its own."""
+    return next(
+        n
+        for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(1)))
+        if not (folder / n).exists()
+    )
 
 
 def _tensors(batch: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from mm_core.accelerator import Accelerator
 from mm_core.config.component import ComponentConfig
 from mm_core.config.extraction_job import ExtractionJob
-from mm_core.config.features import CONDITION, INDEX
+from mm_core.config.features import CONDITION, INDEX, SAMPLES
 from mm_core.data import build_dataset
 from mm_core.data.errors import UnreadableSampleError
 from mm_core.data.feature_store import shard_name
@@ -41,7 +42,7 @@ from mm_core.training.extraction_plan import (
     write_index,
 )
 from mm_core.training.tasks.encoding import clip_features, text_features
-from mm_core.weights.layout import sync_folder, write_text
+from mm_core.weights.layout import let_others_read, sync_folder, write_text
 from mm_registry.errors import UserError
 from mm_registry.words import described
 
@@ -88,7 +89,7 @@ def extract(
         )
     plan = plan_extraction(job, dataset, clips_per_video, items_per_shard)
     done = _together(lambda: _open(folder, plan), rank, ranks)
-    missing = [shard for shard in plan.shards if not (folder / shard_name(*shard)).is_file()]
+    missing = [shard for shard in plan.shards if not _is_whole(folder / shard_name(*shard))]
     made = 0
     if not done:
         missing = (
@@ -254,7 +255,10 @@ def _open(folder: Path, plan: ExtractionPlan) -> bool:
             )
         for left in folder.glob(".tmp-*"):  # of a command that was killed
             left.unlink()
-        return (folder / INDEX).is_file()
+        files = [folder / INDEX, folder / SAMPLES]
+        return all(file.is_file() for file in files) and all(
+            _is_whole(folder / shard_name(*shard)) for shard in plan.shards
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: holds something else than features; choose another --output")
     try:
@@ -267,10 +271,20 @@ def _open(folder: Path, plan: ExtractionPlan) -> bool:
     return False
 
 
+def _is_whole(file: Path) -> bool:
+    """Whether a shard is there and as long as its header says; one that was lost or cut off is made again."""
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def _save(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a shard; it appears whole."""
     temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
     save_file(tensors, temporary, metadata)
+    let_others_read(temporary)
     with temporary.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(temporary, file)

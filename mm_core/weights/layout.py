@@ -17,7 +17,9 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,19 @@ def write_text(path: Path, text: str) -> None:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def let_others_read(file: Path) -> None:
+    """Give a file the mode of any other new one here: safetensors makes its files readable by their owner alone, while
+    folders of features are shared.
+    """
+    probe = file.with_name(f"{TEMPORARY}mode-{os.getpid()}-{file.name}")
+    with suppress(OSError):  # not every file system has modes
+        try:
+            probe.touch()
+            file.chmod(stat.S_IMODE(probe.stat().st_mode))
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -93,6 +93,12 @@ def test_the_batch_of_a_loss_that_is_not_finite_is_kept(tmp_path: Path, mode: st
             assert np.array_equal(tensors[f"micro-{number:03d}.video"].numpy(), videos[number])
     assert tensors
     assert not list((run / "checkpoints").glob("iter_*"))
+    # Another attempt leaves its own beside it.
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    ((message, *_),) = run_ranks(until_it_fails, 1, run, *BROKEN, *MODES[mode], timeout=100)
+    assert message.endswith(f"What each rank was given is in {folder}-1.")
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+    assert {file.name for file in Path(f"{folder}-1").iterdir()} == {file.name for file in before}
 
 
 @pytest.mark.slow

@@ -169,6 +169,12 @@ def killed_and_resumed(folder: Path) -> Any:
         (folder / ".tmp-1-clips-000001.safetensors").write_bytes(b"half")
     torch.distributed.barrier()
     second, third = extracted(folder), extracted(folder)
+    if torch.distributed.get_rank() == 0:  # lost, and cut off, after all was done
+        shards = sorted(folder.glob("*.safetensors"))
+        shards[0].unlink()
+        shards[-1].write_bytes(shards[-1].read_bytes()[:-4])
+    torch.distributed.barrier()
+    assert extracted(folder).made == 2
     with pytest.raises(UserError, match=r"other encoders \(text differ\); choose another --output"):
         extracted(folder, "model.text_encoder.config.d_ff=64")
     return (first.made, second.made, third.made), before, tensors_of(folder)
@@ -179,6 +185,8 @@ def test_an_extraction_goes_on_after_a_kill_on_any_number_of_ranks(tmp_path: Pat
     assert made == (5, 1, 0)  # two clips, two captions and the empty one
     assert after == before
     assert not list((tmp_path / "two").glob(".tmp-*"))
+    # Those who share the folder can read all of it.
+    assert len({file.stat().st_mode for file in (tmp_path / "two").iterdir()}) == 1
     run_ranks(extracted, 1, tmp_path / "one", timeout=100)
     assert tensors_of(tmp_path / "one") == before
     assert (tmp_path / "one/index.json").read_text() == (tmp_path / "two/index.json").read_text()

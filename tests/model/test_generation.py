@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -332,3 +335,24 @@ def test_pictures(tmp_path: Path) -> None:
         assert image.size == (3 * 48 * 2, 2 * (32 * 2 + 18))
         below = np.asarray(image)[18 : 18 + 64, :]
     assert np.array_equal(below[::2, ::2], sheet)
+
+
+_WRITE = """
+import sys, numpy as np
+from mm_core.generation.video import write_video
+y, x = np.mgrid[:64, :64]
+base = np.stack([128 + 90 * np.sin((x + 3 * t) / 9) * np.cos(y / 7) for t in range(9)])
+noise = np.random.default_rng(0).normal(0, 12, (9, 64, 64, 3))
+write_video(sys.argv[1], (base[..., None] + noise).clip(0, 255).astype(np.uint8), 4)
+"""
+
+
+def test_the_same_frames_are_the_same_file(tmp_path: Path) -> None:
+    """Whatever lies in memory that the encoder is given: x264's AVX-512 code reads some of it."""
+    written = set()
+    for filled in ("1", "170"):
+        file = tmp_path / f"{filled}.mp4"
+        environment = {**os.environ, "MALLOC_PERTURB_": filled}
+        subprocess.run([sys.executable, "-c", _WRITE, str(file)], env=environment, check=True, timeout=60)
+        written.add(file.read_bytes())
+    assert len(written) == 1

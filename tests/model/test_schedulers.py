@@ -60,8 +60,8 @@ def test_config_has_the_fields_and_defaults_of_diffusers(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("_", "component", "theirs"), PAIRS, ids=lambda value: value.__name__)
-def test_sampling_equals_a_plain_diffusers_loop(_: Any, component: Any, theirs: Any) -> None:
+@pytest.mark.parametrize(("config_class", "component", "theirs"), PAIRS, ids=lambda value: value.__name__)
+def test_sampling_equals_a_plain_diffusers_loop(config_class: Any, component: Any, theirs: Any) -> None:
     own = inspect.signature(theirs.__init__).parameters
     fields: dict[str, Any] = {"shift": 3.0} if "shift" in own else FLOW if "flow_shift" in own else {}
     noise = torch.randn(2, 3, 1, 4, 4)
@@ -80,7 +80,8 @@ def test_sampling_equals_a_plain_diffusers_loop(_: Any, component: Any, theirs: 
         output = unconditional + 4.0 * (conditional - unconditional)
         x = scheduler.step(output, t, x, return_dict=False, **extra)[0]
     ours = component(num_inference_steps=6, **fields)
-    assert ours.is_flow == bool(fields)
+    assert ours.is_flow == config_class(**fields).is_flow == bool(fields)
+    assert component().is_flow == config_class().is_flow
     for _call in range(2):  # a second call starts anew
         generator = torch.Generator().manual_seed(3)
         result = ours.sample(

@@ -227,7 +227,9 @@ def test_what_a_type_is_not_given_is_refused(tokenizer_folder: Path, tmp_path: P
 def test_images_are_scaled_cut_or_decide_the_size(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = str(picture(tmp_path, 1, (40, 120)))
     stretched = read_frames([path], (32, 48))
-    assert "stretched" in caplog.text
+    assert "max_hxw fits the video to it" in caplog.text
+    read_frames([path], (32, 64), fitted=True)
+    assert "a larger max_hxw comes nearer" in caplog.text
     video_processor = diffusers.video_processor.VideoProcessor(vae_scale_factor=8)
     expected = video_processor.preprocess(Image.open(path), height=32, width=48)
     assert (stretched - expected).abs().max() <= 1e-6

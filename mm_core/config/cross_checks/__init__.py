@@ -13,6 +13,7 @@ from mm_core.config.cross_checks.groups import check_groups
 from mm_core.config.cross_checks.layers import check_layers
 from mm_core.config.cross_checks.paths import check_folders, check_load, check_path, missing_path
 from mm_core.config.cross_checks.ranks import check_ranks
+from mm_core.config.cross_checks.samplers import check_sampler
 from mm_core.config.cross_checks.sizes import check_clip_size, check_video_size
 from mm_core.config.cross_checks.text import check_text
 from mm_core.config.cross_checks.validation import check_validation
@@ -32,6 +33,7 @@ __all__ = [
     "check_load",
     "check_path",
     "check_ranks",
+    "check_sampler",
     "check_sequence_length",
     "check_text",
     "check_validation",

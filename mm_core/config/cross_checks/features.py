@@ -29,6 +29,9 @@ CODE = "stored-features"
 VIDEO, TEXT = "load_video_features", "load_text_features"
 _BASIC: KeyPath = ("dataset_param", "basic_parameters")
 _OF_VIDEO, _OF_TEXT = ("ae",), ("text_encoder",)
+_OTHER_PREDICTOR = (
+    "Make the features again with this model file's encoders, or give the predictor that they are for"
+)
 
 
 def loaded_parts(model: Any) -> tuple[str, ...]:
@@ -153,7 +156,7 @@ def _check_width(
     if isinstance(taken, int) and shape[axis] is not None and taken != shape[axis]:
         what = "channels of latents" if name == VIDEO else "channels of embeddings"
         text = f"{predictor.label} takes {taken} {what}, but those in {index.path} have {shape[axis]}"
-        yield _at(model, predictor.path, text)
+        yield _at(model, predictor.path, text, _OTHER_PREDICTOR)
 
 
 def _check_conditions(
@@ -169,7 +172,8 @@ def _check_conditions(
         mend = "Make the features again with the ae.i2v_processor that makes it"
         yield _at(model, predictor.path, text, mend)
     for name in sorted(has - takes.keys()):
-        yield _at(model, predictor.path, f"{predictor.label} takes no {name}, which {index.path} has")
+        text = f"{predictor.label} takes no {name}, which {index.path} has"
+        yield _at(model, predictor.path, text, _OTHER_PREDICTOR)
 
 
 def _place(dataset: ComponentConfig, name: str, key: str) -> KeyPath:

@@ -5,13 +5,14 @@ Field names are MindSpeed-MM's, so that its model files load as they are; `WanDi
 and `WanVideoVAE` map them to diffusers' names.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from mm_core.config.experts import TrainedSigmas, shifted_sigma
 from mm_core.config.keys import Legacy, NoEffect, Only
 from mm_core.config.section import SectionModel, invalid
+from mm_core.config.sigmas import Boundary
 from mm_plugin_wan22.autoencoder_config import UnitInterval, WanVideoVAEConfig, WanVideoVAETiling
 from mm_plugin_wan22.predictor_config import ONE_TIMESTEP, WanDiTConfig
 
@@ -68,7 +69,7 @@ class WanFlowMatchSchedulerConfig(SectionModel):
         UnitInterval, Field(description="Where training's part of the grid ends, a fraction of it.")
     ] = 1.0
     boundary: Annotated[
-        Annotated[float, Field(gt=0.0, lt=1.0)] | None,
+        Boundary | None,
         Field(
             description="Sigma at and above which the high-noise expert works. Without `expert` both are trained in one "
             "job, which has a `low_noise_predictor`."
@@ -143,11 +144,13 @@ class WanFlowMatchSchedulerConfig(SectionModel):
 class WanPipelineConfig(SectionModel):
     """`pipeline_config` with `pipeline_class: WanPipeline`."""
 
+    needs_flow: ClassVar[bool] = True
+
     input_size: Annotated[
         tuple[Side, Side, Side], Field(description="Frames, height and width of the video, in pixels.")
     ]
     boundary_ratio: Annotated[
-        Annotated[float, Field(gt=0.0, lt=1.0)] | None,
+        Boundary | None,
         Field(
             description="Sigma at and above which `predictor` denoises, and below it `low_noise_predictor`."
         ),

@@ -66,6 +66,8 @@ def test_prompts_are_texts_or_files_and_a_mistyped_path_is_no_prompt(files: Any)
         '--prompt: prompt is "promts.txt": there is no such file (seen from the working directory). '
         "Did you mean prompts.txt?"
     )
+    assert '"prompts.tx": there is no such file' in fails(prompt="prompts.tx")
+    assert load_generation_job("inference.json", {"prompt": "a cat. v1.b"}).prompts == ("a cat. v1.b",)
     assert "a prompt is empty" in fails(prompt="  ")
     files.inference.pop("prompt")
     files.write()
@@ -103,6 +105,10 @@ def test_the_pipeline_checks_its_settings(files: Any) -> None:
     assert '--pipeline-config.seed: "seed" is "x", expected a whole number' in text
     assert '"input_size" is [81, 480]: must have exactly 3 values' in text
     assert text.count('"boundary_ratio" is 1.5: must be smaller than 1.0') == 1
+    files.inference["boundary_ratio"] = 875
+    files.write()
+    told = '"boundary_ratio" is 875: must be smaller than 1.0, for it is a sigma; timestep 875 of 1000 is sigma 0.875'
+    assert fails().count(told) == 1
 
 
 def test_sizes_fit_the_autoencoder_and_rates_the_interval(files: Any) -> None:
@@ -127,6 +133,25 @@ def test_experts_come_in_pairs_and_overrides_have_places(files: Any) -> None:
     files.write()
     assert '"low_noise_predictor" is given without "boundary_ratio": two experts need both' in fails()
     assert "the file has no object fps, so nothing can be set in it" in fails(**{"fps.x": 1})
+
+
+def test_the_sampler_suits_the_model(files: Any) -> None:
+    """Before anything is loaded, which takes minutes."""
+    files.inference["diffusion"] = {"model_id": "UniPCMultistepScheduler", "flow_shift": 5.0}
+    files.write()
+    told = "pipeline (WanPipeline) needs a sampler of flows, which diffusion (UniPCMultistepScheduler) as written here is not"
+    assert fails() == (
+        f'{files_find("inference.json", """"UniPCM""")}: {told}. Write "prediction_type": "flow_prediction" and '
+        '"use_flow_sigmas": true'
+    )
+    files.inference["diffusion"] = {"model_id": "EulerDiscreteScheduler", "guidance_scale": [4.0, 3.0]}
+    files.write()
+    assert "is not. Choose one for flows, such as UniPCMultistepScheduler" in fails()
+    assert "guidance_scale" not in fails()
+    for key in ("low_noise_predictor", "boundary_ratio"):
+        files.inference.pop(key)
+    files.write()
+    assert "guidance_scale [4.0, 3.0] is for two experts, but this file has one. Write one number" in fails()
 
 
 def test_prompts_are_cleaned_in_one_of_two_ways(files: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,12 @@ def test_the_shipped_schema_is_up_to_date(name: str) -> None:
     """`make generated` writes them."""
     shipped = json.loads((SCHEMAS / f"{name}.schema.json").read_text(encoding="utf-8"))
     assert shipped == file_schema(name)
+
+
+def test_the_schema_that_an_example_names_is_there() -> None:
+    """Editors look for it from the file's own folder, and say nothing if it is not there."""
+    told = re.compile(r'\$schema"?[:=] ?"?([\w./-]+\.schema\.json)')
+    files = [path for end in ("json", "yaml") for path in (ROOT / "examples").rglob(f"*.{end}")]
+    named = [(path, name) for path in files for name in told.findall(path.read_text(encoding="utf-8"))]
+    assert len(named) > 30
+    assert [str(path) for path, name in named if not (path.parent / name).is_file()] == []

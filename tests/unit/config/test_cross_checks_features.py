@@ -56,6 +56,9 @@ def test_what_fits_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 VIDEO: dict[str, Any] = {"encoders": {}, "settings": {"num_frames": 9}, "tensors": {"latents": LATENTS}}
+OTHER_PREDICTOR = (
+    "Make the features again with this model file's encoders, or give the predictor that they are for"
+)
 CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "a half is missing": (
         {"text": None}, (),
@@ -73,11 +76,11 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     ),
     "other channels": (
         {"video": {**VIDEO, "settings": {}, "tensors": {"latents": {**LATENTS, "shape": [16, 4, 18, 24]}}}}, (),
-        "predictor (wandit) takes 24 channels of latents, but those in INDEX have 16",
+        f"predictor (wandit) takes 24 channels of latents, but those in INDEX have 16. {OTHER_PREDICTOR}",
     ),
     "a condition that is not taken": (
         {"video": {**VIDEO, "settings": {}, "tensors": {"latents": LATENTS, "conditions.clip_feature": LATENTS}}}, (),
-        "predictor (wandit) takes no clip_feature, which INDEX has",
+        f"predictor (wandit) takes no clip_feature, which INDEX has. {OTHER_PREDICTOR}",
     ),
     "another encoder": (
         {"video": {**VIDEO, "settings": {}, "encoders": {"ae": "other"}}},

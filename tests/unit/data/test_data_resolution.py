@@ -37,7 +37,9 @@ def test_free_clips_are_refused_for_shape_and_size() -> None:
         rule.refusal(100, 300) == "height / width is 0.33, not within a factor of 2 (hw_aspect_thr) of 1.00"
     )
     assert rule.refusal(40, 40) == "40×40 (from 40×40) has fewer than 2500 pixels (min_hxw)"
-    assert rule.refusal(4, 4) == "0×0 (from 4×4) has fewer than 2500 pixels (min_hxw)"
+    assert rule.refusal(4, 4) == "0×0 (from 4×4): a side is shorter than hw_stride (8)"
+    tiny = ResolutionRule(force_resolution=False, max_hxw=1, hw_stride=4)  # min_hxw is 0 then
+    assert tiny.refusal(96, 128) == "0×0 (from 96×128): a side is shorter than hw_stride (4)"
 
 
 def test_the_area_defaults_to_the_largest_sides() -> None:

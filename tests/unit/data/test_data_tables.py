@@ -100,6 +100,24 @@ def test_a_parquet_file_says_what_json_does(tmp_path: Path) -> None:
         read_annotations(path, tmp_path)
 
 
+def test_times_in_a_parquet_file_are_passed_over(tmp_path: Path) -> None:
+    """Not every time of pyarrow is one of Python's."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "set.parquet"
+    times = pyarrow.array([1_700_000_000_000_000_001], pyarrow.timestamp("ns"))
+    columns = {"path": ["a.mp4"], "cap": ["x"]}
+    parquet.write_table(pyarrow.table({**columns, "added": times}), path)
+    assert [one.captions for one in read_annotations(path, tmp_path)] == [("x",)]
+    inside = pyarrow.ListArray.from_arrays([0, 1], times)
+    parquet.write_table(pyarrow.table({**columns, "added": inside}), path)
+    with pytest.raises(
+        DataError, match=r"set\.parquet: it is no Parquet file that pyarrow can read: Nanosecond"
+    ):
+        read_annotations(path, tmp_path)
+
+
 def test_parquet_without_pyarrow_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,8 @@ def test_what_is_not_as_the_index_says_is_told(tmp_path: Path) -> None:
     ):
         made.clip(0, 0)
     with pytest.raises(
-        DataError, match=r"clips-000000.safetensors: c1 cannot be read .*; make the features again"
+        DataError,
+        match=r"clips-000000.safetensors: c1 cannot be read .*; `mm extract-features`.* makes the file again",
     ):
         made.clip(0, 1)
     (tmp_path / "samples.jsonl").write_text("")
@@ -94,7 +95,7 @@ def test_parked_modules_make_one_trip_for_all_that_is_nested() -> None:
     assert torch.equal(module(inputs), before)
 
 
-@pytest.mark.parametrize("length", [None, "x", 0, -1, 1.5, True])
+@pytest.mark.parametrize("length", [None, "x", 0, -1, 1.5, True, 10**12])
 def test_an_index_without_a_length_of_embeddings_is_damaged(tmp_path: Path, length: object) -> None:
     text = {
         "encoders": {},
@@ -125,4 +126,38 @@ def test_damaged_features_are_told_as_such(tmp_path: Path) -> None:
             FeatureStore(tmp_path / "index.json")
     rows.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"samples.jsonl: is damaged"):
+        FeatureStore(tmp_path / "index.json")
+
+
+@pytest.mark.parametrize("version", [True, 2, "1", None])
+def test_an_index_of_another_version_is_refused(tmp_path: Path, version: object) -> None:
+    with pytest.raises(
+        UserError, match=rf"index.json: has version {version} of the format.*make the features again"
+    ):
+        store(tmp_path, version=version)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("path", 3),
+        ("captions", "one"),
+        ("captions", [1, 2]),
+        ("frames", "9"),
+        ("frames", True),
+        ("fps", -8.0),
+        ("fps", float("inf")),
+        ("height", 16.5),
+        ("width", -24),
+        ("first_frame", None),
+        ("crop", [0, 8, 0]),
+        ("crop", [0, 8, 0, "8"]),
+        ("shape", [True, 16, 16]),
+    ],
+)
+def test_a_line_with_a_value_of_another_kind_is_damaged(tmp_path: Path, name: str, value: object) -> None:
+    store(tmp_path)
+    rows = tmp_path / "samples.jsonl"
+    rows.write_text(json.dumps({**json.loads(rows.read_text()), name: value}) + "\n")
+    with pytest.raises(DataError, match=r"samples.jsonl:1: is damaged .*; make the features again"):
         FeatureStore(tmp_path / "index.json")

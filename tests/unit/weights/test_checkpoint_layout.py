@@ -81,3 +81,13 @@ def test_temporaries_are_removed_and_nothing_else(run):
     (checkpoints / ".tmp-latest").touch()
     assert remove_temporaries(run) == [".tmp-iter_0000015", ".tmp-latest"]
     assert sorted(p.name for p in checkpoints.iterdir()) == ["iter_0000005", "iter_0000010", "latest"]
+
+
+def test_a_private_file_gets_the_mode_of_other_new_ones(tmp_path):
+    private, new = tmp_path / "private.safetensors", tmp_path / "new"
+    private.touch(0o600)
+    new.touch()
+    layout.let_others_read(private)
+    assert private.stat().st_mode == new.stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "private.safetensors"]
+    layout.let_others_read(tmp_path / "absent" / "file")  # a mode is nothing to fail for
