@@ -61,7 +61,9 @@ def _smaller(text: str) -> str:
 
 
 def whole_and_named(run: Path) -> None:
-    """What a killed process leaves: under their names are complete checkpoints only, and `latest` names one."""
+    """What a killed process leaves: under their names are complete checkpoints only, and `latest` names one. It may be absent,
+    for a run can be killed twice between a checkpoint's name and `latest`.
+    """
     folder = run / "checkpoints"
     if not folder.is_dir():
         return
@@ -73,5 +75,3 @@ def whole_and_named(run: Path) -> None:
             layout.verify_contents(path)
     if (folder / layout.LATEST).exists():
         assert (folder / layout.LATEST).read_text().strip() in named
-    else:
-        assert len(named) <= 1

@@ -52,8 +52,15 @@ def on_ranks(
         Accelerator.current().init_process_group(backend, timeout_minutes=2, store=store)
         return function(*arguments)
 
-    with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(rank, world, timeout=240)
+    for left in (2, 1, 0):
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return run_ranks(rank, world, timeout=240)
+            except RankError as error:
+                # Ranks that gloo could not connect with each other on a busy machine meet again, as in the harness.
+                if not left or "Accelerator.current().init_process_group" not in str(error):
+                    raise
+    raise AssertionError
 
 
 # -- the device itself
