@@ -13,6 +13,7 @@ from torch import nn
 
 from mm_core.config import ConfigError, Finding, TrainFlags
 from mm_core.config.optimizer_flags import factor_of
+from mm_core.models.sora import EXPERTS
 from mm_core.sharding.patterns import ModulePaths, PatternError, apply_aliases
 from mm_core.sharding.plan import bare_name, is_inside
 from mm_core.sharding.policy import ShardingPolicy
@@ -128,16 +129,22 @@ class _Names:
 
     def matched(self, key: str, *, frozen: bool = False) -> list[str]:
         """Names of parameters whose names, with the component's before it, have `key` in them, in any case; or those in the
-        modules of a pattern, if it is one. Names from elsewhere count where ours say nothing.
+        modules of a pattern, if it is one. Names from elsewhere count where ours say nothing. What begins with the name of an
+        expert means that one alone.
         """
         paths = self.frozen if frozen else list(self.parameters)
         if any(character in key for character in "{}*?"):
             modules = self._modules(key)
             return [path for path in paths if any(is_inside(path, module) for module in modules)]
         key = key.lower()
-        own = [path for path in paths if key in f"{self.component}.{path}".lower()]
-        return own or [
-            p for p in paths if any(key in f"{self.component}.{n}".lower() for n in self._known_as(p))
+        whole = key.partition(".")[0] in EXPERTS  # the name of the one is within the other's
+
+        def means(path: str) -> bool:
+            full = f"{self.component}.{path}".lower()
+            return full.startswith(key) if whole else key in full
+
+        return [path for path in paths if means(path)] or [
+            p for p in paths if any(map(means, self._known_as(p)))
         ]
 
     def parts(self) -> Iterator[str]:

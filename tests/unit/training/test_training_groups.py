@@ -167,3 +167,30 @@ def test_flags_that_do_nothing_or_do_not_fit() -> None:
     ):
         with pytest.raises(ConfigError):
             flags_of(*words)
+
+
+def test_the_name_of_one_expert_is_not_the_others() -> None:
+    """`predictor` is part of `low_noise_predictor`."""
+    experts = {"predictor": Network(), "low_noise_predictor": Network()}
+    policies = dict.fromkeys(experts, POLICY["predictor"])
+
+    def scaled(*words: str) -> set[str]:
+        found = group_settings(experts, flags_of("--lr-scale-modules", *words), policies)
+        return {
+            f"{name}.{path}"
+            for name, network in experts.items()
+            for path, p in network.named_parameters()
+            if found[p].lr_mult == 0.5
+        }
+
+    first = {f"predictor.{path}" for path, _ in Network().named_parameters()}
+    second = {f"low_noise_{path}" for path in first}
+    assert scaled("predictor:0.5") == first
+    assert scaled("low_noise_predictor:0.5") == second
+    assert scaled("predictor.emb:0.5") == {"predictor.embed.weight", "predictor.embed.bias"}
+    assert scaled("predictor.text_embedding:0.5") == {"predictor.embed.weight", "predictor.embed.bias"}
+    assert scaled("embed.weight:0.5") == {"predictor.embed.weight", "low_noise_predictor.embed.weight"}
+    undecayed = group_settings(experts, flags_of("--weight-decay-exclude-modules", "predictor"), policies)
+    assert {p for p, one in undecayed.items() if one.weight_decay == 0} == set(
+        experts["predictor"].parameters()
+    )
