@@ -43,7 +43,9 @@ def read_recorded(path: str) -> Recorded:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"--repeat {path}: it cannot be read as JSON: {reason}.") from error
+        raise UserError(
+            f"--repeat {path}: it cannot be read as JSON: {reason}; name the .json beside an .mp4."
+        ) from error
     try:
         source, prompt, index = record["inference_file"], record["prompt"], record["index"]
         if not isinstance(index, int) or isinstance(index, bool) or index < 0:

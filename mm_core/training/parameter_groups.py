@@ -149,6 +149,7 @@ class _Names:
 
     def parts(self) -> Iterator[str]:
         """What names consist of, those from elsewhere last."""
+        yield self.component
         for path in self.parameters:
             yield from path.split(".")
         for alias in self.aliases:

@@ -14,7 +14,7 @@ from torch import nn
 from mm_core.config import ConfigError, TrainFlags, load_training_job, parse_train_flags
 from mm_core.sharding import ShardingPolicy
 from mm_core.training.optimizer import build_optimizer, set_learning_rate
-from mm_core.training.parameter_groups import GroupSettings, group_settings
+from mm_core.training.parameter_groups import GroupSettings, check_groups, group_settings
 from mm_core.training.precheck import check_build
 from mm_core.weights.optimizer_state import NamedOptimizer
 
@@ -190,6 +190,10 @@ def test_the_name_of_one_expert_is_not_the_others() -> None:
     assert scaled("predictor.emb:0.5") == {"predictor.embed.weight", "predictor.embed.bias"}
     assert scaled("predictor.text_embedding:0.5") == {"predictor.embed.weight", "predictor.embed.bias"}
     assert scaled("embed.weight:0.5") == {"predictor.embed.weight", "low_noise_predictor.embed.weight"}
+    with pytest.raises(ConfigError, match="Did you mean predictor"):
+        check_groups(experts, flags_of("--lr-scale-modules", "predictr:0.5"), policies)
+    with pytest.raises(ConfigError, match="Did you mean predictor"):  # one network is trained
+        check_groups({"predictor": Network()}, flags_of("--lr-scale-modules", "low_noise_predictor"), POLICY)
     undecayed = group_settings(experts, flags_of("--weight-decay-exclude-modules", "predictor"), policies)
     assert {p for p, one in undecayed.items() if one.weight_decay == 0} == set(
         experts["predictor"].parameters()
